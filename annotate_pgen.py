@@ -1,0 +1,1141 @@
+#!/usr/bin/env python
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "lerobot>=0.4.4,<0.5; python_version < '3.12'",
+#   "lerobot[dataset]>=0.6.1,<0.7; python_version >= '3.12'",
+#   "transformers[torch]>=4.57.1,<5; python_version < '3.12'",
+#   "transformers[torch]>=5.4,<6; python_version >= '3.12'",
+#   "huggingface_hub>=0.34.2,<0.36; python_version < '3.12'",
+#   "huggingface_hub>=1.6,<2; python_version >= '3.12'",
+#   "torch>=2.7,<2.11; python_version < '3.12'", "torch>=2.7; python_version >= '3.12'",
+#   "qwen-vl-utils>=0.0.14", "pandas>=2.2", "pyarrow>=17", "pillow>=10.3", "tqdm>=4.66",
+# ]
+# ///
+"""Invent what a person might have said to a robot, at every moment of a LeRobot dataset.
+
+This is p_gen, the synthetic data generation of Hi Robot (Shi et al., arXiv 2502.19417). A Qwen
+vision-language model sees sampled frames of a dataset with skills (meta/skills.json) and writes a
+user prompt that makes the robot's skill the right thing to do now, and the robot's answer. In the
+new dataset each frame's `task_index_high_level` is its row of meta/tasks_high_level.parquet.
+
+    python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --output-dir outputs/pgen
+
+To change what the model is asked, edit PROMPT, SCENARIO_TYPES and RESPONSE_TYPES, then --dry-run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help takes 0.1 s
+    import numpy as np
+    import pandas as pd
+    from PIL.Image import Image
+
+COLUMN = "task_index_high_level"
+SUFFIX = "_with_high_level_tasks"
+
+
+class InputError(Exception):
+    """What the user gave cannot be used (exit code 2). The message says where and what to do."""
+
+
+class RunError(Exception):
+    """The run cannot go on; the dialogues generated so far are kept (exit code 1)."""
+
+
+def require(condition: Any, message: str) -> None:
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@contextmanager
+def blaming(culprit: str, remedy: str, kind: type[Exception] = InputError) -> Iterator[None]:
+    """Within, any error becomes one of `kind` that names the culprit and the remedy."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        raise kind(f"{culprit}: {str(error) or type(error).__name__:.500}; {remedy}") from error
+
+
+# ------------------------------------------------------------------------------------ vocabulary
+# What the person says and what the robot answers, as the prompt asks for it (Hi Robot, sec. IV).
+SCENARIO_TYPES = {
+    "specific_object": "The person names the object or the action plainly.",
+    "negative_task": "The person says what NOT to do or touch, which leaves this skill.",
+    "situated_correction": "The person corrects or adjusts what the robot has just been doing.",
+    "implicit_request": "The person only hints at a need or wish, without any command.",
+    "constraint_based": "The person adds a condition: how, where, how carefully, in which order.",
+}
+RESPONSE_TYPES = {
+    "confirmation": "It simply agrees and says what it will do.",
+    "clarification": "It asks back to make sure what is meant.",
+    "acknowledgment": "It acknowledges the words and says what it is doing now.",
+    "constraint_acknowledgment": "It agrees and repeats the condition it will respect.",
+}
+SUITABLE_RESPONSES = {
+    "specific_object": ("confirmation", "clarification", "acknowledgment"),
+    "negative_task": ("confirmation", "acknowledgment", "constraint_acknowledgment"),
+    "situated_correction": ("confirmation", "clarification", "acknowledgment"),
+    "implicit_request": ("confirmation", "clarification", "acknowledgment"),
+    "constraint_based": ("clarification", "constraint_acknowledgment"),
+}
+
+
+# ---------------------------------------------------------------------------------------- skills
+@dataclass(frozen=True)
+class Skill:
+    """What the robot does from `start` to `end`, in seconds from the episode's first frame."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class EpisodeSkills:
+    """An episode's skills, sorted by start, and the texts of skills.json ("" where absent)."""
+
+    description: str
+    skills: tuple[Skill, ...]
+    coarse_description: str = ""
+
+
+def load_skills(root: Path, episode_indices: Sequence[int]) -> dict[int, EpisodeSkills]:
+    """The skills of the given episodes from meta/skills.json, as annotate.py writes it.
+    Raises InputError that says where it is malformed, or lists the episodes without skills."""
+    path, loaded = Path(root, "meta", "skills.json"), {}
+    require(path.is_file(), f"{path}: not found; run annotate.py first to annotate the skills")
+    content, again = read_json(path), "correct it or run annotate.py again"
+    with blaming(f"{path} has the wrong form", again):
+        coarse, episodes = utf8(content.get("coarse_description")), content["episodes"]
+        lacking = [i for i in episode_indices if not (episodes.get(str(i)) or {}).get("skills")]
+    require(not lacking, f"{path}: no skills for episode {lacking}; run annotate.py for these")
+    for index in episode_indices:
+        episode, where = episodes[str(index)], f'{path}: episode "{index}"'
+        with blaming(f"{where} has the wrong form", again):
+            require(
+                episode.get("episode_index", index) == index, f"{where}: has another index; {again}"
+            )
+            skills, description = list(episode["skills"]), utf8(episode.get("description"))
+        for n, entry in enumerate(skills):
+            with blaming(f"{where}: skill {n} lacks name, start or end, or has a wrong one", again):
+                name, start, end = utf8(entry["name"]), entry["start"], entry["end"]
+                valid = name and -math.inf < start <= end < math.inf
+                problem = f"{where}: skill {n} ({name!r:.50}) runs from {start!r:.9} to {end!r:.9}"
+                require(valid, f"{problem}, but needs a name and finite start <= end; {again}")
+                skills[n] = Skill(name, float(start), float(end))
+        skills.sort(key=lambda skill: skill.start)
+        loaded[index] = EpisodeSkills(description, tuple(skills), coarse)
+    return loaded
+
+
+def utf8(text: str | None) -> str:
+    """The text, "" for None or a blank one. Raises ValueError for a lone surrogate."""
+    return text if text and text.encode("utf-8").strip() else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError."""
+    with blaming(f"{path} is no valid JSON", "restore it or write it again"):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    require(isinstance(content, dict), f"{path}: holds no JSON object; write it again")
+    return content
+
+
+# -------------------------------------------------------------------------------------- sampling
+@dataclass(frozen=True)
+class Sample:
+    """A frame to generate a dialogue for, in the words and order of syn_annotations.jsonl."""
+
+    episode_id: int
+    frame_index: int  # in the episode
+    timestamp: float  # seconds, as stored
+    skill_current: str
+    skill_history: tuple[str, ...]
+    task_description: str
+    scenario_type: str = ""
+    response_type: str = ""
+    index: int = 0  # of the frame in the dataset
+    skill_rank: int = 0  # of the skill in its episode, by start
+
+    @property
+    def prompt(self) -> str:
+        asked = self.task_description, self.skill_history, self.skill_current
+        return construct_prompt(*asked, self.scenario_type, self.response_type)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job, in dataset order, decided before anything is generated."""
+
+    samples: list[Sample]
+    skill_ranks: np.ndarray  # int64 (frames,): rank of each frame's own skill
+    camera_keys: list[str]
+
+
+def sampled_frames(seconds: np.ndarray, sample_interval: float, fps: float) -> list[int]:
+    """Positions of the first frame at or after each multiple of `sample_interval` (seconds).
+    `seconds` are float64 (frames,) from the episode's first frame. Less than a tenth of a frame
+    early is on time: stored float32 values lie on either side of the time they mean."""
+    step = max(sample_interval, 0.5 / fps)  # shorter ones sample every frame too
+    passed = (seconds + 0.1 / fps) // step
+    return [0, *((passed[1:] > passed[:-1]).nonzero()[0] + 1).tolist()]
+
+
+def current_skills(seconds: np.ndarray, skills: Sequence[Skill], fps: float) -> np.ndarray:
+    """Rank (int64) of each frame's skill: the last that has started; before any, the first."""
+    started = sum(seconds + 0.1 / fps >= skill.start for skill in skills)
+    return (started - 1).clip(0)
+
+
+def plan_samples(
+    frames: pd.DataFrame,
+    skills: dict[int, EpisodeSkills],
+    tasks: dict[int, str],
+    fps: float,
+    sample_interval: float = 1.0,
+    seed: int = 0,
+) -> tuple[list[Sample], np.ndarray]:
+    """The frames to sample with what is asked about each, and every frame's skill rank (int64).
+    `frames` has a row per frame: episode_index, frame_index, timestamp (seconds), task_index; its
+    text is in `tasks`. A sample's task is its episode's description, else the frame's own, else
+    the coarse description. Raises InputError for unusable timestamps."""
+    import numpy as np
+
+    samples, ranks = [], []
+    for episode_index, episode in frames.groupby("episode_index", sort=False):
+        known, timestamps = skills[episode_index], episode["timestamp"].to_numpy()
+        seconds = timestamps.astype(np.float64) - float(timestamps[0])
+        usable = (seconds[1:] >= seconds[:-1]).all() and seconds[-1] < math.inf
+        problem = f"episode {episode_index}: its timestamps are not finite or run backwards"
+        require(usable, f"{problem}; repair them or remove the episode")
+        names = tuple(skill.name for skill in known.skills)
+        ranks.append(current_skills(seconds, known.skills, fps))
+        positions = sampled_frames(seconds, sample_interval, fps)
+        for i, row in zip(positions, episode.iloc[positions].itertuples(), strict=True):
+            own_task = tasks.get(row.task_index, "")
+            task = known.description or own_task or known.coarse_description
+            rank, stored = int(ranks[-1][i]), float(str(timestamps[i]))  # 0.1, not 0.10000000149
+            sample = Sample(episode_index, row.frame_index, stored, names[rank], names[:rank], task)
+            samples.append(replace(sample, index=row.Index, skill_rank=rank))
+    return deal_types(samples, seed), np.concatenate(ranks)
+
+
+def deal_types(samples: Iterable[Sample], seed: int) -> list[Sample]:
+    """The samples with scenario and response types, dealt like cards from a deck for each skill.
+    Left to choose, a small model nearly always writes one type; so every skill gets every type
+    equally often. An episode's first sample has nothing to correct yet."""
+    shuffler, decks, dealt = random.Random(seed), {}, []
+
+    def draw(deck_of: tuple, types: Iterable[str]) -> str:
+        deck = decks.setdefault(deck_of, [])
+        if not deck:
+            deck.extend(types)
+            shuffler.shuffle(deck)
+        return deck.pop()
+
+    for sample in samples:
+        skill, first = sample.skill_current, not dealt or dealt[-1].episode_id != sample.episode_id
+        suitable = [s for s in SCENARIO_TYPES if not (first and s == "situated_correction")]
+        scenario = draw((skill, first), suitable)
+        response = draw((skill, scenario), SUITABLE_RESPONSES[scenario])
+        dealt.append(replace(sample, scenario_type=scenario, response_type=response))
+    return dealt
+
+
+# ---------------------------------------------------------------------------------------- prompt
+PROMPT = """\
+You write training data for a robot that people talk to while it works.
+Task: {task}
+Done so far: {history}
+The robot's next skill: {skill}
+What the robot sees now is shown above.
+
+Invent what is said at this moment:
+- user_prompt: what a person says that makes the next skill the right thing to do. {scenario}
+- robot_utterance: what the robot answers before it moves. {response}
+One short everyday sentence each, true to what is seen.
+Answer in JSON: {{"user_prompt": "...", "robot_utterance": "..."}}"""
+PREFILL = '{"user_prompt": "'  # the model goes on from here: no preamble, no code fence
+HISTORY_LENGTH = 5
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def construct_prompt(
+    task: str, history: Sequence[str], skill: str, scenario_type: str = "", response_type: str = ""
+) -> str:
+    """What the model is asked about one frame; without types it may choose them itself."""
+    return PROMPT.format(
+        task=one_line(task) or "not described",
+        history="; ".join(map(one_line, history[-HISTORY_LENGTH:])) or "nothing yet",
+        skill=one_line(skill),
+        scenario=SCENARIO_TYPES.get(scenario_type, ""),
+        response=RESPONSE_TYPES.get(response_type, ""),
+    )
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, without control characters, which act on prompts and terminals."""
+    return " ".join(CONTROL.sub(" ", text).split())
+
+
+# ------------------------------------------------------------------------------------- generator
+MAX_NEW_TOKENS = 128  # two sentences in JSON take 30 to 60
+MAX_CHARACTERS = 300
+MAX_TRIES = 4
+RETRY_TEMPERATURE = 0.7  # where --temperature 0 would only repeat the answer that failed
+MAX_PIXELS = 448 * 448  # of a picture: 256 tokens for Qwen2-VL, 196 for Qwen3-VL
+
+
+def parse_answer(text: str) -> dict[str, str] | None:
+    """The dialogue in an answer, stripped; None if it is not valid and must be asked for again."""
+    try:
+        answer, _ = json.JSONDecoder().raw_decode(text.strip())
+        dialogue = {key: answer[key].strip() for key in ("user_prompt", "robot_utterance")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    prompt, utterance = dialogue.values()
+    distinct = prompt.casefold() != utterance.casefold()
+    return dialogue if distinct and is_sentence(prompt) and is_sentence(utterance) else None
+
+
+def is_sentence(text: str) -> bool:
+    """Whether a person or robot could say it: one line, of sane length, no echo of the prompt."""
+    asked = "\n".join((PROMPT, *SCENARIO_TYPES.values(), *RESPONSE_TYPES.values())).casefold()
+    markup = ("user_prompt", "robot_utterance", "<|", "|>", "{", "}", "\N{REPLACEMENT CHARACTER}")
+    sane = 2 <= len(text) <= MAX_CHARACTERS and any(map(str.isalpha, text))
+    echo = text.casefold() in asked or any(mark in text for mark in markup)
+    return sane and not echo and not CONTROL.search(text)
+
+
+class QwenPgen:
+    """A Qwen vision-language model that writes dialogues (p_gen).
+
+    `model` is a Hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint;
+    `device` a torch device, or "auto" to spread it over all GPUs; `dtype` the name of a torch
+    dtype; `temperature` 0 takes the likeliest token. Raises InputError if it cannot be loaded."""
+
+    def __init__(
+        self, model: str, device: str = "cuda", dtype: str = "bfloat16", temperature: float = 0.7
+    ):
+        import torch
+        import transformers as tf
+
+        tf.utils.logging.set_verbosity_error()
+        tf.utils.logging.disable_progress_bar()
+        self.temperature, self.batch_limit = temperature, sys.maxsize
+        with blaming(f"--device {device}", "try --device cpu"):
+            torch.empty(1, device="cpu" if device == "auto" else device).tolist()
+        wanted = f"--model {model}: no Qwen vision-language model for transformers {tf.__version__}"
+        with blaming(wanted, "check the name and the network, or use a local folder"):
+            kind = tf.AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+            readers = tf.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            require(kind.startswith("qwen") and kind in readers, f"{wanted}, but {kind}; use one")
+            self.processor = tf.AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            how = {"dtype": getattr(torch, dtype), "device_map": device, "trust_remote_code": False}
+            how |= {"attn_implementation": "sdpa", "use_safetensors": True}
+            load = tf.AutoModelForImageTextToText.from_pretrained
+            self.model, loading = load(model, output_loading_info=True, **how)
+            lacking = sorted(loading["missing_keys"])[:3]
+            require(not lacking, f"{wanted}: its files lack the weights {lacking}; restore them")
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        # A skill's name must not end a turn or call for a picture: such tokens are broken up.
+        markers = [token for token in tokenizer.get_added_vocab() if re.fullmatch("<.+>", token)]
+        self.markers = re.compile("|".join(map(re.escape, markers)) or "(?!)")
+        # A checkpoint's settings would hold wherever ours are silent (Qwen2-VL's has top_k=1).
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        limits = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": sorted(ends)}
+        self.model.generation_config = tf.GenerationConfig(
+            pad_token_id=tokenizer.pad_token_id, **limits
+        )
+
+    def call_qwen(self, images: Sequence[Image], prompt: str) -> dict[str, str]:
+        """The dialogue, keys user_prompt and robot_utterance, for one prompt about RGB `images`.
+        Raises RunError if none of MAX_TRIES answers is valid."""
+        for tries in range(MAX_TRIES):
+            (dialogue,) = self.call_qwen_batch([images], [prompt], tries)
+            if dialogue:
+                return dialogue
+        raise RunError(f"none of {MAX_TRIES} answers of the model was a valid dialogue")
+
+    def call_qwen_batch(
+        self, images: Sequence[Sequence[Image]], prompts: Sequence[str], tries: int = 0
+    ) -> list[dict[str, str] | None]:
+        """One answer to each prompt about its images, after `tries` earlier ones; None: invalid.
+        Out of GPU memory, the batch and all later ones are halved; at one, RunError is raised."""
+        import torch
+
+        if (half := self.batch_limit) < len(prompts):
+            ask = self.call_qwen_batch
+            return ask(images[:half], prompts[:half], tries) + ask(
+                images[half:], prompts[half:], tries
+            )
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature := self.temperature or (RETRY_TEMPERATURE if tries else 0.0):
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        try:
+            inputs = self.prepare(images, prompts).to(self.model.device)
+            with torch.inference_mode():
+                tokens = self.model.generate(**inputs, **sampling)
+        except torch.OutOfMemoryError:
+            self.batch_limit = len(prompts) // 2
+            if not self.batch_limit:
+                helps = "use fewer views (--num-image-views-per-sample) or a smaller --model"
+                raise RunError(f"out of GPU memory with a batch of one; {helps}") from None
+            torch.cuda.empty_cache()
+            return self.call_qwen_batch(images, prompts, tries)
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        answers = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [parse_answer(PREFILL + answer) for answer in answers]
+
+    def prepare(self, images: Sequence[Sequence[Image]], prompts: Sequence[str]) -> Any:
+        """The model's inputs for a batch, on the CPU, padded on the left."""
+        from qwen_vl_utils import process_vision_info
+
+        texts, pictures, patch = [], [], self.processor.image_processor.patch_size
+        for views, prompt in zip(images, prompts, strict=True):
+            shown = [{"type": "image", "image": v, "max_pixels": MAX_PIXELS} for v in views]
+            text = self.markers.sub(lambda marker: "< " + marker[0][1:], prompt)
+            turns = [
+                {"role": "user", "content": [*shown, {"type": "text", "text": text}]},
+                {"role": "assistant", "content": [{"type": "text", "text": PREFILL}]},
+            ]
+            template = self.processor.apply_chat_template
+            texts.append(template(turns, tokenize=False, continue_final_message=True))
+            pictures.append(process_vision_info(turns, image_patch_size=patch)[0])
+        how = {"padding": True, "do_resize": False, "return_tensors": "pt"}
+        return self.processor(text=texts, images=pictures, **how)
+
+
+# ---------------------------------------------------------------------------------------- frames
+def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple]:
+    """Where each sample's picture is: (video, seconds in it), or (parquet file, row group, row).
+    As in LeRobotDataset, a frame's time in the video is from_timestamp plus its own timestamp."""
+    import pyarrow.parquet as pq
+
+    if key in meta.video_keys:
+        videos = episode_files(meta, f"videos/{key}")
+        starts = episode_table(meta)[f"videos/{key}/from_timestamp"].to_dict()
+        return [(videos[s.episode_id], starts[s.episode_id] + s.timestamp) for s in samples]
+    groups, firsts, end = [], [], 0
+    for path in data_files(meta.root):
+        about = pq.read_metadata(path)
+        for number in range(about.num_row_groups):
+            groups.append((path, number))
+            firsts.append(end)
+            end += about.row_group(number).num_rows
+    holding = [bisect_right(firsts, sample.index) - 1 for sample in samples]
+    return [(*groups[g], s.index - firsts[g]) for s, g in zip(samples, holding, strict=True)]
+
+
+def read_picture(meta: Any, place: tuple, key: str) -> Image | None:
+    """A camera's RGB picture at a place; None if it cannot be decoded, tried twice.
+    PyAV decodes: torchcodec, LeRobot's default, fails where FFmpeg is not installed. A frame within
+    half a frame of the time is the right one; LeRobot's own tolerance refuses good data."""
+    from lerobot.datasets.video_utils import decode_video_frames
+    from PIL import Image
+
+    for _ in range(2):
+        try:
+            if key in meta.video_keys:
+                pixels = decode_video_frames(*place[:1], place[1:], 0.5 / meta.fps + 1e-4, "pyav")
+                return Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy())
+            content = read_column(*place[:2], key)[place[2]].as_py()["bytes"]
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        except Exception:  # every decoder has errors of its own
+            time.sleep(0.1)
+    return None
+
+
+@lru_cache(maxsize=4)
+def read_column(path: Path, row_group: int, key: str) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read_row_group(row_group, columns=[key])[key]
+
+
+def read_samples(
+    meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]
+) -> Iterator[list[Image] | None]:
+    """Each sample's views, one per camera key; None where one cannot be decoded."""
+    for places in zip(*(picture_places(meta, samples, key) for key in camera_keys), strict=True):
+        views = [read_picture(meta, p, key) for p, key in zip(places, camera_keys, strict=True)]
+        yield None if any(view is None for view in views) else views
+
+
+def check_pictures(meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]) -> None:
+    """Decode the last picture needed of every file: one cut off opens and tells its old length.
+    Raises InputError that names the file."""
+    for key in camera_keys:
+        for path, group in groupby(sorted(picture_places(meta, samples, key)), lambda p: p[0]):
+            problem = f"{path}: the last picture needed of {key} cannot be decoded"
+            require(read_picture(meta, max(group), key), f"{problem}; restore the file")
+
+
+def read_ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
+    """The same items, read by one thread that keeps up to `size` of them ready. One, because video
+    decoders shared between threads crash."""
+    items, end, reader = iter(items), object(), ThreadPoolExecutor(1, "reader")
+    try:
+        ready = deque(reader.submit(next, items, end) for _ in range(size))
+        while (item := ready.popleft().result()) is not end:
+            ready.append(reader.submit(next, items, end))
+            yield item
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------ annotation
+Dialogues = dict[int, dict[str, str]]  # user_prompt and robot_utterance, by index of the frame
+
+
+@dataclass
+class Progress:
+    """What has become of the samples so far, by index of the frame."""
+
+    dialogues: Dialogues = field(default_factory=dict)
+    given_up: dict[int, str] = field(default_factory=dict)  # and why
+    asked_again: int = 0
+    late_share: float = 0.0  # of frames that carry the dialogue of an earlier skill than their own
+
+
+def annotation(sample: Sample, dialogue: dict[str, str]) -> dict[str, Any]:
+    """A line of syn_annotations.jsonl, but for the task index, which is not known yet."""
+    own = ("index", "skill_rank")
+    return {key: value for key, value in vars(sample).items() if key not in own} | dialogue
+
+
+def annotate_sample(pgen: QwenPgen, images: Sequence[Image], sample: Sample) -> dict[str, Any]:
+    """Generate a sample's line of syn_annotations.jsonl from its views (RGB).
+    Raises RunError if none of MAX_TRIES answers is valid."""
+    return annotation(sample, pgen.call_qwen(images, sample.prompt))
+
+
+def annotate_samples(
+    pgen: QwenPgen, pairs: Iterable[tuple], batch_size: int, progress: Progress
+) -> Iterator[Dialogues]:
+    """Generate the dialogues of pairs (sample, its views or None) and yield those of each batch.
+    An answer that is not valid is asked for again in a later batch, up to MAX_TRIES times in all:
+    a batch of few stragglers takes nearly as long as a full one."""
+
+    def give_up(sample: Sample, why: str) -> None:
+        progress.given_up[sample.index] = why
+
+    broken = "its picture cannot be decoded"
+    fresh, again = ((s, views, 0) for s, views in pairs if views or give_up(s, broken)), []
+    while True:
+        # greedy batches cannot hold what was tried before, which must not be greedy again
+        room = 0 if again and not pgen.temperature else max(0, batch_size - len(again))
+        batch, again = again[:batch_size] + list(islice(fresh, room)), again[batch_size:]
+        if not batch:
+            return
+        views, prompts = [v for _, v, _ in batch], [sample.prompt for sample, _, _ in batch]
+        answers, finished = pgen.call_qwen_batch(views, prompts, tries=batch[0][2]), {}
+        for (sample, views, tries), answer in zip(batch, answers, strict=True):
+            if answer:
+                finished[sample.index] = answer
+            elif tries + 1 < MAX_TRIES:
+                again.append((sample, views, tries + 1))
+                progress.asked_again += 1
+            else:
+                give_up(sample, f"none of {MAX_TRIES} answers was valid")
+        progress.dialogues |= finished
+        yield finished
+
+
+@contextmanager
+def open_journal(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[Dialogues, Callable]]:
+    """The dialogues in a folder's journal, and a function that adds more: what it has been given
+    is on the disk when it returns. A line torn by a crash is passed over. No other run can open
+    the journal meanwhile; that lock dies with its process. Raises InputError if it is locked or
+    was written with other settings."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path, lock, known = folder / "dialogues.jsonl", FileLock(folder / "lock", timeout=0), {}
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder}: another run is at work on it; wait or stop that one") from None
+    with lock, path.open("a+b") as journal:
+        journal.seek(0)
+        for line in (content := journal.read()).split(b"\n"):
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if "settings" in entry:
+                    compare_settings(path, entry["settings"], settings)
+                elif dialogue := parse_answer(json.dumps(entry)):
+                    known.setdefault(entry["index"], dialogue)
+
+        def append(dialogues: Dialogues, header: str = "") -> None:
+            lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
+            journal.write((header + "".join(lines)).encode())
+            journal.flush()
+            os.fsync(journal.fileno())
+
+        append({}, "\n" * (content[-1:] not in b"\n") + json_line({"settings": settings}))
+        yield known, append
+
+
+def compare_settings(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises InputError that names the first setting in which `found`, read from `path`, differs."""
+    for name, value in settings.items():
+        was = (
+            f"{path}: made with {name} = {found.get(name)!r}, this run has {value!r}; use the same"
+        )
+        require(found.get(name) == value, f"{was}, another --output-dir, or --overwrite to discard")
+
+
+def json_line(entry: dict[str, Any]) -> str:
+    """`entry` on a line, also for readers that take U+2028 and the like for a line's end."""
+    text = json.dumps(entry, ensure_ascii=False)
+    return CONTROL.sub(lambda c: f"\\u{ord(c[0]):04x}", text) + "\n"
+
+
+# --------------------------------------------------------------------------------------- dataset
+def find_dataset(repo_id: str | None, data_dir: Path | None) -> Path:
+    """The folder of the dataset: `data_dir`, LeRobot's local copy of `repo_id`, or a download to
+    the cache of LeRobot 0.6, never over a folder that somebody records into."""
+    if data_dir:
+        require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder; check the path")
+        return data_dir.resolve()
+    from huggingface_hub import snapshot_download
+    from lerobot.datasets.utils import get_safe_version
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    local, hub = HF_LEROBOT_HOME / repo_id, HF_LEROBOT_HOME / "hub"
+    if (local / "meta" / "skills.json").is_file():
+        return local
+    remedy = "check the name, the network and your login, or name a folder with --data-dir"
+    with blaming(f"--repo-id {repo_id}: cannot be had from the Hub", remedy):
+        version = get_safe_version(repo_id, "v3.0")
+        what = {"repo_type": "dataset", "revision": version}
+        return Path(snapshot_download(repo_id, cache_dir=hub, **what))
+
+
+def open_dataset(root: Path, repo_id: str | None = None) -> Any:
+    """The LeRobotDatasetMetadata of a folder in which every file of the dataset is there.
+    Checked first, because LeRobot turns to the Hub for what is missing. Raises InputError."""
+    path, tables = root / "meta" / "info.json", root / "meta" / "episodes"
+    require(path.is_file(), f"{path}: not found, so this is no LeRobot dataset; check the path")
+    info = read_json(path)
+    version, remedy = info.get("codebase_version"), "LeRobot's convert_dataset_v21_to_v30"
+    require(str(version)[:3] == "v3.", f"{path}: has format {version}, not v3.0; use {remedy}")
+    done = COLUMN in (info.get("features") or {})
+    require(not done, f"{root}: has {COLUMN} already; annotate the dataset it was made from")
+    fps = info.get("fps")
+    require(isinstance(fps, (int, float)) and fps > 0, f"{path}: fps is {fps!r}; correct it")
+    for template in filter(None, (info.get("data_path"), info.get("video_path"))):
+        outside = Path(template).is_absolute() or ".." in Path(template).parts
+        require(not outside, f'{path}: "{template}" leads out of the folder; correct it')
+    for table in [root / "meta" / "tasks.parquet", *(sorted(tables.rglob("*.*")) or [tables])]:
+        read_parquet(table, [])
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+
+    with blaming(f"{path}: LeRobot cannot open the dataset", "repair its meta folder"):
+        meta = LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
+        kinds = ["data", *(f"videos/{key}" for key in meta.video_keys)]
+        needed = {path for kind in kinds for path in episode_files(meta, kind).values()}
+    require(needed, f"{root}: has no episodes; record some first")
+    for path in sorted(needed):
+        require(path.is_file(), f"{path}: is missing; restore it or download the dataset again")
+    return meta
+
+
+def episode_table(meta: Any) -> pd.DataFrame:
+    return meta.episodes.to_pandas().set_index("episode_index")
+
+
+def episode_files(meta: Any, kind: str) -> dict[int, Path]:
+    """The file that holds each episode, by its index; `kind` is "data" or "videos/<camera key>"."""
+    template = meta.data_path if kind == "data" else meta.video_path
+    places = episode_table(meta)[[f"{kind}/chunk_index", f"{kind}/file_index"]].itertuples()
+    key = {"video_key": kind.removeprefix("videos/")}
+    return {
+        i: meta.root / template.format(chunk_index=c, file_index=f, **key) for i, c, f in places
+    }
+
+
+def data_files(root: Path) -> list[Path]:
+    """The parquet files of the frames, in the order in which LeRobot concatenates them."""
+    return sorted(Path(root, "data").glob("*/*.parquet"))
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of a parquet file. All but pictures are decoded, to find damage in time.
+    Raises InputError that names the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with blaming(f"{path}: cannot be read", "restore the file"), pq.ParquetFile(path) as parquet:
+        names = [f.name for f in parquet.schema_arrow if not pa.types.is_struct(f.type)]
+        groups = (parquet.read_row_group(i, names) for i in range(parquet.num_row_groups))
+        return pa.concat_tables([group.select(columns) for group in groups]).to_pandas()
+
+
+def read_frames(meta: Any) -> pd.DataFrame:
+    """Every frame's episode_index, frame_index, timestamp and task_index, in dataset order.
+    Raises InputError if they are not those that the episode table promises."""
+    import pandas as pd
+
+    names = ["episode_index", "frame_index", "timestamp", "task_index"]
+    tables = [read_parquet(path, names) for path in data_files(meta.root)]
+    frames = pd.concat(tables, ignore_index=True)
+    rows = frames.reset_index().groupby("episode_index")["index"].agg(["min", "max", "size"])
+    promised = episode_table(meta)["length"]
+    rows = rows.reindex(rows.index.union(promised.index))
+    whole = (rows["size"] == promised) & (rows["max"] - rows["min"] + 1 == promised)
+    problem = f"{meta.root}/data: does not hold the frames of meta/episodes for episode"
+    require(whole.all(), f"{problem} {list(whole.index[~whole])}; restore the files")
+    return frames
+
+
+def choose_cameras(meta: Any, views: int, camera_keys: Sequence[str] | None) -> list[str]:
+    """`camera_keys`, or the first `views` colour cameras; depth maps are no pictures.
+    Raises InputError that lists the cameras there are."""
+    colour = []
+    for key, feature in meta.features.items():
+        details = (feature.get("video_info") or {}) | (feature.get("info") or {})
+        depth = details.get("is_depth_map") or details.get("video.is_depth_map")
+        if feature["dtype"] in ("video", "image") and 3 in feature["shape"] and not depth:
+            colour.append(key)
+    there_are = f"choose from the colour cameras: {', '.join(colour) or 'there are none'}"
+    for key in camera_keys or ():
+        require(key in colour, f"--camera-keys {key}: no such camera; {there_are}")
+    known = 0 < views <= len(colour)
+    require(known, f"--num-image-views-per-sample {views}: cannot be had; {there_are}")
+    return list(camera_keys or colour[:views])
+
+
+def make_plan(
+    dataset: Any,
+    sample_interval: float = 1.0,
+    num_image_views_per_sample: int = 1,
+    camera_keys: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """All that is decided about a LeRobotDataset (or its metadata) before generation.
+    Raises InputError for what cannot be annotated."""
+    meta = getattr(dataset, "meta", dataset)
+    cameras = choose_cameras(meta, num_image_views_per_sample, camera_keys)
+    skills = load_skills(meta.root, list(meta.episodes["episode_index"]))
+    tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
+    frames = read_frames(meta)
+    samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
+    check_pictures(meta, samples, cameras)
+    return Plan(samples, ranks, cameras)
+
+
+Results = tuple["pd.DataFrame", "np.ndarray", list[dict[str, Any]]]
+
+
+def generate_synthetic_data(
+    dataset: Any,
+    pgen: QwenPgen,
+    plan: Plan | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    after_batch: Callable[[Dialogues], None] = lambda finished: None,
+) -> Results:
+    """Generate the dialogues of a LeRobotDataset (or its metadata), as make_plan's plan says.
+    Those in `progress` are kept as they are; `after_batch` gets the dialogues of each batch.
+
+    Returns the table of tasks, each frame's row in it (int64 (frames,)), and the lines of
+    syn_annotations.jsonl. Raises RunError if an episode is left without any dialogue."""
+    from tqdm import tqdm
+
+    meta = getattr(dataset, "meta", dataset)
+    plan, progress = plan or make_plan(meta), progress or Progress()
+    todo = [sample for sample in plan.samples if sample.index not in progress.dialogues]
+    bar = tqdm(total=len(plan.samples), initial=len(plan.samples) - len(todo), unit="sample")
+    pairs = zip(todo, read_samples(meta, todo, plan.camera_keys), strict=True)
+    with closing(read_ahead(pairs, 2 * batch_size)) as pairs, bar:
+        for finished in annotate_samples(pgen, pairs, batch_size, progress):
+            after_batch(finished)
+            size = min(batch_size, pgen.batch_limit)
+            bar.set_postfix(batch=size, asked_again=progress.asked_again, refresh=False)
+            bar.update(len(finished))
+    return tabulate(plan, progress)
+
+
+def tabulate(plan: Plan, progress: Progress) -> Results:
+    """The results of generate_synthetic_data from the dialogues that are there."""
+    import numpy as np
+    import pandas as pd
+
+    samples, dialogues = plan.samples, progress.dialogues
+    answered = [position for position, s in enumerate(samples) if s.index in dialogues]
+    carried = assign_dialogues(samples, answered)
+    lines = [annotation(samples[i], dialogues[samples[i].index]) for i in answered]
+    table = pd.DataFrame(lines).rename(columns={"skill_current": "skill"})
+    table = table[["user_prompt", "robot_utterance", "skill", "scenario_type", "response_type"]]
+    rows = table.groupby(list(table), sort=False).ngroup().tolist()  # counted as first seen
+    tasks = table.drop_duplicates(ignore_index=True)
+    tasks.insert(0, "task_index", np.arange(len(tasks), dtype=np.int64))
+    row_of, spans = dict(zip(answered, rows, strict=True)), [s.index for s in samples]
+    spans = np.diff([*spans, len(plan.skill_ranks)])
+    task_indices = np.repeat(np.array([row_of[c] for c in carried], np.int64), spans)
+    pairs = [(sample, samples[c]) for sample, c in zip(samples, carried, strict=True)]
+    ranks = [(c if c.episode_id == s.episode_id else s).skill_rank for s, c in pairs]
+    progress.late_share = float((plan.skill_ranks > np.repeat(ranks, spans)).mean())
+    return tasks, task_indices, [ln | {COLUMN: row} for ln, row in zip(lines, rows, strict=True)]
+
+
+def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list[int]:
+    """For each sample, the position of the one in `answered` whose dialogue its frames carry:
+    itself; else the nearest earlier one of the episode, with the same skill before any other; else
+    the nearest later one. An episode without any borrows from others with the same skill and task.
+    Raises RunError that names the episodes for which there is none."""
+
+    def purpose(i: int) -> tuple[str, str]:
+        return samples[i].skill_current, samples[i].task_description
+
+    lenders, carried, hopeless = {}, [], []
+    for i in answered:
+        lenders.setdefault(purpose(i), []).append(i)
+    for episode, group in groupby(range(len(samples)), lambda i: samples[i].episode_id):
+        positions, own = list(group), set(answered)
+        source = {i: i for i in positions if i in own}
+        if not source:
+            fitting = {i: lenders.get(purpose(i)) for i in positions}
+            source = {i: found[i % len(found)] for i, found in fitting.items() if found}
+        for i in positions if source else hopeless.append(episode) or ():
+            near = [i] if i in source else source
+            _, _, _, nearest = min(
+                (j > i, j < i and purpose(j) != purpose(i), abs(j - i), j) for j in near
+            )
+            carried.append(source[nearest])
+    if hopeless:
+        problem = f"no valid dialogue for episode {hopeless}, nor elsewhere for its skills and task"
+        remedy = "the same command asks again; or change --temperature or --model"
+        raise RunError(f"{problem}; {remedy}")
+    return carried
+
+
+# ---------------------------------------------------------------------------------------- output
+def source_files(root: Path) -> list[Path]:
+    """Every file of a dataset, relative to `root`, through links, but for .cache and .git."""
+    found = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(set(subfolders) - {".cache", ".git"})
+        found += [Path(folder, name).relative_to(root) for name in sorted(names)]
+    return found
+
+
+def fingerprint(root: Path) -> str:
+    """A hash of what decides the samples: metadata by content, data and videos by path and size."""
+    digest = hashlib.sha256()
+    for file in source_files(root):
+        if file.parts[0] in ("meta", "data", "videos"):
+            digest.update(f"{file} {(root / file).stat().st_size} ".encode())
+            digest.update((root / file).read_bytes() if file.parts[0] == "meta" else b"")
+    return digest.hexdigest()
+
+
+def write_dataset(root: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
+    """Write the dataset in `root` plus the new column to `target`, and read every file back.
+    Raises RunError that names the file at fault."""
+    import av
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+
+    (tasks, task_indices, annotations), data = results, set(data_files(root))
+    for file in source_files(root):
+        old, new = root / file, target / file
+        with blaming(f"{new}: cannot be written", "see to the disk and run again", RunError):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            if old in data:
+                task_indices = task_indices[add_column(old, new, task_indices) :]
+            elif file == Path("meta", "info.json"):
+                info = read_json(old)
+                info["features"][COLUMN] = {"dtype": "int64", "shape": [1], "names": None}
+                new.write_text(json.dumps(info, indent=4, ensure_ascii=False), encoding="utf-8")
+            else:
+                copy_file(old, new)
+                assert new.stat().st_size == old.stat().st_size, "it is cut off"
+            if file.suffix == ".mp4":
+                with av.open(str(new)) as video:
+                    next(video.decode(video=0))
+    meta = target / "meta"
+    with blaming(f"{meta}: cannot be written", "see to the disk and run again", RunError):
+        tasks.to_parquet(meta / "tasks_high_level.parquet")
+        with (meta / "syn_annotations.jsonl").open("w", encoding="utf-8") as lines:
+            lines.writelines(map(json_line, annotations))
+        (meta / "annotate_pgen.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
+        LeRobotDatasetMetadata(f"local/{root.name}", root=target)
+
+
+def add_column(source: Path, target: Path, values: np.ndarray) -> int:
+    """Copy a parquet file and add the column, from the first of `values` (int64) on.
+    Row groups, codecs, dictionaries and metadata stay, but that what `datasets` keeps in the
+    metadata describes the new column too. Returns the number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source) as parquet:
+        about, row = parquet.metadata, 0
+        schema = parquet.schema_arrow.append(pa.field(COLUMN, pa.int64()))
+        metadata = dict(schema.metadata or {})
+        if b"huggingface" in metadata:
+            described = json.loads(metadata[b"huggingface"])
+            described["info"]["features"][COLUMN] = {"dtype": "int64", "_type": "Value"}
+            metadata[b"huggingface"] = json.dumps(described).encode()
+        first = [about.row_group(0).column(i) for i in range(about.num_columns)]
+        codecs = {c.path_in_schema: c.compression.replace("UNCOMPRESSED", "NONE") for c in first}
+        codecs[COLUMN] = codecs.get("index", "SNAPPY")
+        how = {"version": about.format_version, "compression": codecs}
+        how["use_dictionary"] = [c.path_in_schema for c in first if c.has_dictionary_page] + [
+            COLUMN
+        ]
+        with pq.ParquetWriter(target, schema.with_metadata(metadata), **how) as writer:
+            for group in range(about.num_row_groups):
+                table = parquet.read_row_group(group)
+                column = pa.array(values[row : row + len(table)], pa.int64())
+                table = table.append_column(schema.field(COLUMN), column)
+                writer.write_table(table, row_group_size=len(table))
+                row += len(table)
+    written = pq.read_table(target, columns=[COLUMN])[COLUMN].to_numpy()
+    assert (written == values[:row]).all(), "it reads back wrong"
+    return row
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, as a reflink (no time, no space) where the file system can."""
+    try:
+        import fcntl
+
+        with source.open("rb") as old, target.open("wb") as new:
+            fcntl.ioctl(new.fileno(), 0x40049409, old.fileno())  # FICLONE of Linux
+    except (ImportError, OSError):
+        shutil.copyfile(source, target)
+
+
+# ---------------------------------------------------------------------------------- command line
+EXAMPLES = """\
+examples:
+  python annotate_pgen.py --data-dir outputs/demo/dataset --dry-run
+  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --output-dir outputs/pgen
+  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --device auto \\
+      --model Qwen/Qwen3-VL-30B-A3B-Instruct --sample-interval 0.5 --num-image-views-per-sample 2
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises InputError for those that no dataset or machine could make usable."""
+    parser = argparse.ArgumentParser(
+        prog="annotate_pgen.py",
+        description="Write a LeRobot dataset in which every frame has a synthetic dialogue: what a "
+        "person might have said to bring about the robot's skill, and what the robot answers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: require(False, f"{message}; see --help")
+
+    def group(title: str) -> Callable[..., None]:
+        flags = parser.add_argument_group(title)
+        return lambda name, text, default=None, **how: flags.add_argument(
+            name, help=f"{text} (default: {default})", default=default, **how
+        )
+
+    switch = {"default": False, "action": "store_true"}
+    add = group("data")
+    add("--repo-id", "dataset on the Hugging Face Hub", metavar="USER/NAME")
+    add("--data-dir", "dataset in a local folder, which a repo id then only names", type=Path)
+    add("--num-image-views-per-sample", "number of cameras shown to the model", 1, type=int)
+    add("--camera-keys", "cameras shown, by name instead of number", nargs="+", metavar="KEY")
+    add("--sample-interval", "generate a dialogue every so many seconds", 1.0, type=float)
+    add = group("model")
+    add("--model", "Qwen vision-language model, Hub id or folder", "Qwen/Qwen2-VL-7B-Instruct")
+    add("--device", "cuda, cuda:1, cpu, ..., or auto to spread it over all GPUs", "cuda")
+    add("--dtype", "precision", "bfloat16", choices=("bfloat16", "float16", "float32"))
+    add = group("generation")
+    add("--temperature", "higher is more diverse; 0 takes the likeliest words", 0.7, type=float)
+    add("--batch-size", "samples at once; halved when GPU memory runs out", 16, type=int)
+    add("--seed", "of all random choices", 0, type=int)
+    add = group("output")
+    add("--output-dir", f"folder of the new dataset; None: the source's name{SUFFIX}", type=Path)
+    add("--overwrite", "discard what an earlier run left at the output", **switch)
+    add("--push-to-hub", f"push the new dataset to <repo-id>{SUFFIX}", **switch)
+    add("--dry-run", "print the plan and a prompt; load no model, write nothing", **switch)
+    add("--debug", "show the traceback of an error", **switch)
+    args = parser.parse_args(argv)
+    keys, interval, temperature = args.camera_keys or [], args.sample_interval, args.temperature
+    repo_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.repo_id or "a/b", re.ASCII)
+    for valid, problem in (
+        (args.repo_id or args.data_dir, "neither --repo-id nor --data-dir: name a dataset"),
+        (repo_id, f"--repo-id {args.repo_id}: is not of the form user/name; correct it"),
+        (len(set(keys)) == len(keys), "--camera-keys: names a camera twice; name each once"),
+        (
+            args.num_image_views_per_sample > 0,
+            "--num-image-views-per-sample: below 1; use 1 or more",
+        ),
+        (0 < interval < math.inf, "--sample-interval: is not positive and finite; use seconds"),
+        (0 <= temperature < math.inf, "--temperature: is negative or not finite; use 0 to about 1"),
+        (args.batch_size > 0, "--batch-size: below 1; use 1 or more"),
+        (args.repo_id or not args.push_to_hub, "--push-to-hub: names no target; add --repo-id"),
+    ):
+        require(valid, problem)
+    return args
+
+
+def annotate_dataset(args: argparse.Namespace) -> None:
+    """The whole job, from the source dataset to the new one. Raises InputError and RunError."""
+    import torch
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    started = time.monotonic()
+    root = find_dataset(args.repo_id, args.data_dir)
+    base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
+    output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
+    unfinished = output.with_name(output.name + ".partial")
+    apart = not output.is_relative_to(root)
+    require(apart, f"--output-dir {output}: lies in the source dataset; name another folder")
+    meta = open_dataset(root, args.repo_id)
+    views, keys = args.num_image_views_per_sample, args.camera_keys
+    plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
+    if args.dry_run:
+        example = plan.samples[len(plan.samples) // 2]
+        print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
+        print_counts(plan, map(vars, plan.samples), output)
+        print(f"\nprompt for episode {example.episode_id}, frame {example.frame_index}:\n")
+        print(f"{example.prompt}\n\nThe answer begins with: {PREFILL}")
+        return
+    prompt = (PROMPT, PREFILL, SCENARIO_TYPES, RESPONSE_TYPES, SUITABLE_RESPONSES, HISTORY_LENGTH)
+    settings = {
+        key: getattr(args, key) for key in ("model", "sample_interval", "temperature", "seed")
+    }
+    if Path(args.model).is_dir():
+        settings["model"] = str(Path(args.model).resolve())
+    settings |= {"camera_keys": plan.camera_keys, "dataset": fingerprint(root)}
+    settings["prompt"] = hashlib.sha256(repr(prompt).encode()).hexdigest()
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        record = output / "meta" / "annotate_pgen.json"
+        require(record.is_file(), f"--output-dir {output}: is not empty; name another folder")
+        if not args.overwrite:
+            compare_settings(record, read_json(record), settings)
+            print(f"finished already, with the same settings: {output}")
+            return
+    needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
+    free = shutil.disk_usage(next(path for path in output.parents if path.exists())).free
+    space = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+    require(free > needed, f"--output-dir {output}: {space}; free some or name another folder")
+    if args.overwrite:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    progress = Progress()
+    try:
+        with open_journal(unfinished, settings) as (progress.dialogues, append):
+            inform(f"{len(progress.dialogues)} of {len(plan.samples)} dialogues are there already")
+            inform(f"loading {args.model}")
+            torch.manual_seed(args.seed)
+            pgen = QwenPgen(args.model, args.device, args.dtype, args.temperature)
+            seconds, known = -time.monotonic(), len(progress.dialogues)
+            results = generate_synthetic_data(meta, pgen, plan, args.batch_size, progress, append)
+            seconds += time.monotonic()
+            inform(f"writing {output}")
+            shutil.rmtree(unfinished / "dataset", ignore_errors=True)
+            write_dataset(root, unfinished / "dataset", results, settings)
+            os.sync()
+            if output.exists():
+                output.rename(unfinished / "replaced")
+            (unfinished / "dataset").rename(output)
+            shutil.rmtree(unfinished)
+    finally:
+        if not progress.dialogues:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    for sample in plan.samples:
+        if why := progress.given_up.get(sample.index):
+            inform(f"given up: episode {sample.episode_id}, frame {sample.frame_index}: {why}")
+    rate = (len(progress.dialogues) - known) / seconds
+    print_counts(plan, results[2], output)
+    print(f"""\
+dialogues      {len(results[2])}, of which {len(results[2]) - known} generated in this run
+unique tasks   {len(results[0])}
+asked again    {progress.asked_again}, given up {len(progress.given_up)}
+late frames    {progress.late_share:.1%} carry the dialogue of an earlier skill than their own
+time           {time.monotonic() - started:.1f} s, {rate:.2f} samples/s while generating
+
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+import pandas as pd
+
+name, root = "{args.repo_id or "local/" + root.name}{SUFFIX}", "{output}"
+dataset = LeRobotDataset(name, root=root, video_backend="pyav")
+tasks = pd.read_parquet(dataset.root / "meta" / "tasks_high_level.parquet")
+print(tasks.iloc[dataset[0]["{COLUMN}"].item()])""")
+
+
+def print_counts(plan: Plan, annotations: Iterable[dict[str, Any]], output: Path) -> None:
+    print(f"dataset        {output}")
+    print(f"frames         {len(plan.skill_ranks)}\nsamples        {len(plan.samples)}")
+    types = [(entry["scenario_type"], entry["response_type"]) for entry in annotations]
+    for name, column in zip(("scenarios", "responses"), zip(*types, strict=True), strict=True):
+        print(f"{name:14}", ", ".join(f"{key} {n}" for key, n in sorted(Counter(column).items())))
+
+
+def inform(message: str) -> None:
+    """Tell the person who waits; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 done, 2 bad input, 1 failed with the work kept, 130, 143."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the second time ends the process
+        raise KeyboardInterrupt(number)
+
+    try:
+        args = parse_args(argv)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+        annotate_dataset(args)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, message, foreseen = 1, str(error), isinstance(error, (InputError, RunError))
+        if isinstance(error, InputError):
+            code = 2
+        elif isinstance(error, KeyboardInterrupt):
+            code, message = 128 + error.args[0], "interrupted; the same command goes on from here"
+        elif not foreseen:
+            message = f"{error!r}: unforeseen, see above; the same command goes on from here"
+        if (code == 1 and not foreseen) or "--debug" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
+        inform(f"error: {one_line(message)}")
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Fixtures: drawn datasets and checkpoints, built once a session with tests/make_demo.py."""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+HOME = Path(tempfile.mkdtemp(prefix="annotate_pgen_"))
+os.environ |= {  # read by the libraries when they are imported
+    "HF_HOME": str(HOME / "hf"),
+    "HF_LEROBOT_HOME": str(HOME / "lerobot"),
+    "HF_HUB_OFFLINE": "1",
+    "SVT_LOG": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import make_demo  # noqa: E402
+
+import annotate_pgen  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Build something once a session: built("name", function, *arguments) -> its folder."""
+    folder = tmp_path_factory.mktemp("built")
+
+    def build(name, function, *args, **kwargs):
+        if not (folder / name).exists():
+            function(folder / name, *args, **kwargs)
+        return folder / name
+
+    yield build
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def dataset(built):
+    """Three episodes, two video cameras, 10 fps. Tests that change it copy it first."""
+    return built("dataset", make_demo.make_dataset)
+
+
+@pytest.fixture(scope="session")
+def model(built):
+    """The hand-set checkpoint, which always answers well."""
+    return built("model", make_demo.make_model)
+
+
+@pytest.fixture
+def own_dataset(dataset, tmp_path):
+    """A copy of `dataset` that a test may damage."""
+    return Path(shutil.copytree(dataset, tmp_path / "dataset"))
+
+
+def run(*flags):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = annotate_pgen.main([str(flag) for flag in flags])
+    return code, out.getvalue(), err.getvalue()
+
+
+def annotate(dataset, model, output, *flags):
+    """Run the whole job on the CPU: (exit code, stdout, stderr)."""
+    where = ("--data-dir", dataset, "--model", model, "--output-dir", output)
+    return run(*where, "--device", "cpu", "--dtype", "float32", *flags)
