@@ -6,22 +6,23 @@
 #   "lerobot[dataset]>=0.6.1,<0.7; python_version >= '3.12'",
 #   "transformers[torch]>=4.57.1,<5; python_version < '3.12'",
 #   "transformers[torch]>=5.4,<6; python_version >= '3.12'",
-#   "huggingface_hub>=0.34.2,<0.36; python_version < '3.12'",
-#   "huggingface_hub>=1.6,<2; python_version >= '3.12'",
 #   "torch>=2.7,<2.11; python_version < '3.12'", "torch>=2.7; python_version >= '3.12'",
-#   "qwen-vl-utils>=0.0.14", "pandas>=2.2", "pyarrow>=17", "pillow>=10.3", "tqdm>=4.66",
+#   "qwen-vl-utils>=0.0.14", "huggingface_hub>=0.34.2,<2", "pandas>=2.2", "pyarrow>=17",
+#   "pillow>=10.3", "tqdm>=4.66",
 # ]
 # ///
-"""Invent what a person might have said to a robot, at every moment of a LeRobot dataset.
+"""Write a LeRobot dataset in which every frame has a dialogue: what a person might have said to
+bring about the robot's skill, and what the robot answers (p_gen of Hi Robot, arXiv 2502.19417).
 
-This is p_gen, the synthetic data generation of Hi Robot (Shi et al., arXiv 2502.19417). A Qwen
-vision-language model sees sampled frames of a dataset with skills (meta/skills.json) and writes a
-user prompt that makes the robot's skill the right thing to do now, and the robot's answer. In the
-new dataset each frame's `task_index_high_level` is its row of meta/tasks_high_level.parquet.
+A Qwen vision-language model sees sampled frames of a dataset with skills (meta/skills.json, from
+annotate.py) and writes the dialogues. To change what it is asked, edit PROMPT, SCENARIO_TYPES and
+RESPONSE_TYPES, and look at the outcome with --dry-run.
 
-    python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --output-dir outputs/pgen
-
-To change what the model is asked, edit PROMPT, SCENARIO_TYPES and RESPONSE_TYPES, then --dry-run.
+examples:
+  python annotate_pgen.py --data-dir outputs/demo/dataset --dry-run
+  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --output-dir outputs/pgen
+  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --sample-interval 0.5 \\
+      --num-image-views-per-sample 2 --model Qwen/Qwen3-VL-30B-A3B-Instruct --device auto
 """
 
 from __future__ import annotations
@@ -39,26 +40,25 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-import warnings
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from tqdm import tqdm
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help takes 0.1 s
     import numpy as np
     import pandas as pd
     from PIL.Image import Image
 
-COLUMN = "task_index_high_level"
-SUFFIX = "_with_high_level_tasks"
+COLUMN, SUFFIX = "task_index_high_level", "_with_high_level_tasks"
 
 
 class InputError(Exception):
@@ -130,8 +130,8 @@ class EpisodeSkills:
 
 
 def load_skills(root: Path, episode_indices: Sequence[int]) -> dict[int, EpisodeSkills]:
-    """The skills of the given episodes from meta/skills.json, as annotate.py writes it.
-    Raises InputError that says where it is malformed, or lists the episodes without skills."""
+    """The skills of the given episodes from meta/skills.json. Raises InputError that says where it
+    is malformed, or lists the episodes without skills."""
     path, loaded = Path(root, "meta", "skills.json"), {}
     require(path.is_file(), f"{path}: not found; run annotate.py first to annotate the skills")
     content, again = read_json(path), "correct it or run annotate.py again"
@@ -142,9 +142,6 @@ def load_skills(root: Path, episode_indices: Sequence[int]) -> dict[int, Episode
     for index in episode_indices:
         episode, where = episodes[str(index)], f'{path}: episode "{index}"'
         with blaming(f"{where} has the wrong form", again):
-            require(
-                episode.get("episode_index", index) == index, f"{where}: has another index; {again}"
-            )
             skills, description = list(episode["skills"]), utf8(episode.get("description"))
         for n, entry in enumerate(skills):
             with blaming(f"{where}: skill {n} lacks name, start or end, or has a wrong one", again):
@@ -192,6 +189,10 @@ class Sample:
         asked = self.task_description, self.skill_history, self.skill_current
         return construct_prompt(*asked, self.scenario_type, self.response_type)
 
+    def annotated(self, dialogue: dict[str, str]) -> dict[str, Any]:
+        """Its line of syn_annotations.jsonl, but for the task index, which is not known yet."""
+        return {k: v for k, v in vars(self).items() if k not in ("index", "skill_rank")} | dialogue
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -203,65 +204,49 @@ class Plan:
 
 
 def sampled_frames(seconds: np.ndarray, sample_interval: float, fps: float) -> list[int]:
-    """Positions of the first frame at or after each multiple of `sample_interval` (seconds).
-    `seconds` are float64 (frames,) from the episode's first frame. Less than a tenth of a frame
-    early is on time: stored float32 values lie on either side of the time they mean."""
+    """Positions of the first frame at or after each multiple of `sample_interval` in `seconds`,
+    float64 (frames,) from the first. Up to a tenth of a frame early is on time: stored float32."""
     step = max(sample_interval, 0.5 / fps)  # shorter ones sample every frame too
     passed = (seconds + 0.1 / fps) // step
     return [0, *((passed[1:] > passed[:-1]).nonzero()[0] + 1).tolist()]
 
 
-def current_skills(seconds: np.ndarray, skills: Sequence[Skill], fps: float) -> np.ndarray:
-    """Rank (int64) of each frame's skill: the last that has started; before any, the first."""
-    started = sum(seconds + 0.1 / fps >= skill.start for skill in skills)
-    return (started - 1).clip(0)
-
-
 def plan_samples(
-    frames: pd.DataFrame,
-    skills: dict[int, EpisodeSkills],
-    tasks: dict[int, str],
-    fps: float,
-    sample_interval: float = 1.0,
-    seed: int = 0,
+    frames: pd.DataFrame, skills: dict, tasks: dict, fps: float, sample_interval: float, seed: int
 ) -> tuple[list[Sample], np.ndarray]:
     """The frames to sample with what is asked about each, and every frame's skill rank (int64).
-    `frames` has a row per frame: episode_index, frame_index, timestamp (seconds), task_index; its
-    text is in `tasks`. A sample's task is its episode's description, else the frame's own, else
-    the coarse description. Raises InputError for unusable timestamps."""
-    import numpy as np
-
-    samples, ranks = [], []
+    `frames`: episode_index, frame_index, timestamp (seconds), task_index of each. Its skill is the
+    last that has started, before any the first; its task the episode's description, else its own
+    in `tasks` (by task_index), else the coarse description. Raises InputError."""
+    samples, ranks = [], frames["frame_index"].to_numpy(dtype="int64", copy=True)
     for episode_index, episode in frames.groupby("episode_index", sort=False):
         known, timestamps = skills[episode_index], episode["timestamp"].to_numpy()
-        seconds = timestamps.astype(np.float64) - float(timestamps[0])
+        seconds = timestamps.astype("float64") - float(timestamps[0])
         usable = (seconds[1:] >= seconds[:-1]).all() and seconds[-1] < math.inf
-        problem = f"episode {episode_index}: its timestamps are not finite or run backwards"
-        require(usable, f"{problem}; repair them or remove the episode")
+        require(
+            usable, f"episode {episode_index}: its timestamps run backwards or are not finite; fix"
+        )
         names = tuple(skill.name for skill in known.skills)
-        ranks.append(current_skills(seconds, known.skills, fps))
+        started = sum(seconds + 0.1 / fps >= skill.start for skill in known.skills)
+        ranks[episode.index] = (started - 1).clip(0)
         positions = sampled_frames(seconds, sample_interval, fps)
         for i, row in zip(positions, episode.iloc[positions].itertuples(), strict=True):
-            own_task = tasks.get(row.task_index, "")
+            rank, own_task = int(ranks[row.Index]), tasks.get(row.task_index, "")
             task = known.description or own_task or known.coarse_description
-            rank, stored = int(ranks[-1][i]), float(str(timestamps[i]))  # 0.1, not 0.10000000149
+            stored = float(str(timestamps[i]))  # 0.1, not the float64 nearest to its float32
             sample = Sample(episode_index, row.frame_index, stored, names[rank], names[:rank], task)
             samples.append(replace(sample, index=row.Index, skill_rank=rank))
-    return deal_types(samples, seed), np.concatenate(ranks)
+    return deal_types(samples, seed), ranks
 
 
 def deal_types(samples: Iterable[Sample], seed: int) -> list[Sample]:
-    """The samples with scenario and response types, dealt like cards from a deck for each skill.
-    Left to choose, a small model nearly always writes one type; so every skill gets every type
-    equally often. An episode's first sample has nothing to correct yet."""
+    """The samples with scenario and response types, dealt like cards: every skill gets every type
+    equally often, where a small model left to choose nearly always writes one and the same."""
     shuffler, decks, dealt = random.Random(seed), {}, []
 
-    def draw(deck_of: tuple, types: Iterable[str]) -> str:
-        deck = decks.setdefault(deck_of, [])
-        if not deck:
-            deck.extend(types)
-            shuffler.shuffle(deck)
-        return deck.pop()
+    def draw(deck_of: tuple, types: Sequence[str]) -> str:
+        decks[deck_of] = decks.get(deck_of) or shuffler.sample(types, len(types))
+        return decks[deck_of].pop()
 
     for sample in samples:
         skill, first = sample.skill_current, not dealt or dealt[-1].episode_id != sample.episode_id
@@ -310,39 +295,32 @@ def one_line(text: str) -> str:
 
 # ------------------------------------------------------------------------------------- generator
 MAX_NEW_TOKENS = 128  # two sentences in JSON take 30 to 60
-MAX_CHARACTERS = 300
 MAX_TRIES = 4
-RETRY_TEMPERATURE = 0.7  # where --temperature 0 would only repeat the answer that failed
 MAX_PIXELS = 448 * 448  # of a picture: 256 tokens for Qwen2-VL, 196 for Qwen3-VL
 
 
 def parse_answer(text: str) -> dict[str, str] | None:
-    """The dialogue in an answer, stripped; None if it is not valid and must be asked for again."""
+    """The dialogue in an answer, stripped. None if it is not valid and must be asked for again:
+    both sides are one line of sane length that somebody could say, and no echo of the prompt."""
     try:
         answer, _ = json.JSONDecoder().raw_decode(text.strip())
         dialogue = {key: answer[key].strip() for key in ("user_prompt", "robot_utterance")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    prompt, utterance = dialogue.values()
-    distinct = prompt.casefold() != utterance.casefold()
-    return dialogue if distinct and is_sentence(prompt) and is_sentence(utterance) else None
-
-
-def is_sentence(text: str) -> bool:
-    """Whether a person or robot could say it: one line, of sane length, no echo of the prompt."""
     asked = "\n".join((PROMPT, *SCENARIO_TYPES.values(), *RESPONSE_TYPES.values())).casefold()
     markup = ("user_prompt", "robot_utterance", "<|", "|>", "{", "}", "\N{REPLACEMENT CHARACTER}")
-    sane = 2 <= len(text) <= MAX_CHARACTERS and any(map(str.isalpha, text))
-    echo = text.casefold() in asked or any(mark in text for mark in markup)
-    return sane and not echo and not CONTROL.search(text)
+    for said in dialogue.values():
+        sane = 2 <= len(said) <= 300 and any(map(str.isalpha, said))
+        echo = said.casefold() in asked or any(mark in said for mark in markup)
+        if not sane or echo or CONTROL.search(said):
+            return None
+    return dialogue if len({said.casefold() for said in dialogue.values()}) == 2 else None
 
 
 class QwenPgen:
-    """A Qwen vision-language model that writes dialogues (p_gen).
-
-    `model` is a Hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint;
-    `device` a torch device, or "auto" to spread it over all GPUs; `dtype` the name of a torch
-    dtype; `temperature` 0 takes the likeliest token. Raises InputError if it cannot be loaded."""
+    """A Qwen vision-language model that writes dialogues (p_gen). `model`: Hub id or folder of a
+    Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5; `device`: of torch, or "auto" for all GPUs; `dtype`:
+    of torch, by name; `temperature`: 0 takes the likeliest token. Raises InputError."""
 
     def __init__(
         self, model: str, device: str = "cuda", dtype: str = "bfloat16", temperature: float = 0.7
@@ -350,7 +328,6 @@ class QwenPgen:
         import torch
         import transformers as tf
 
-        tf.utils.logging.set_verbosity_error()
         tf.utils.logging.disable_progress_bar()
         self.temperature, self.batch_limit = temperature, sys.maxsize
         with blaming(f"--device {device}", "try --device cpu"):
@@ -358,8 +335,7 @@ class QwenPgen:
         wanted = f"--model {model}: no Qwen vision-language model for transformers {tf.__version__}"
         with blaming(wanted, "check the name and the network, or use a local folder"):
             kind = tf.AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-            readers = tf.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            require(kind.startswith("qwen") and kind in readers, f"{wanted}, but {kind}; use one")
+            require(kind.startswith("qwen"), f"{wanted}, but {kind}; name another")
             self.processor = tf.AutoProcessor.from_pretrained(model, trust_remote_code=False)
             how = {"dtype": getattr(torch, dtype), "device_map": device, "trust_remote_code": False}
             how |= {"attn_implementation": "sdpa", "use_safetensors": True}
@@ -373,48 +349,39 @@ class QwenPgen:
         markers = [token for token in tokenizer.get_added_vocab() if re.fullmatch("<.+>", token)]
         self.markers = re.compile("|".join(map(re.escape, markers)) or "(?!)")
         # A checkpoint's settings would hold wherever ours are silent (Qwen2-VL's has top_k=1).
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        limits = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": sorted(ends)}
-        self.model.generation_config = tf.GenerationConfig(
-            pad_token_id=tokenizer.pad_token_id, **limits
-        )
+        ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        ours = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+        self.model.generation_config = tf.GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **ours)
 
     def call_qwen(self, images: Sequence[Image], prompt: str) -> dict[str, str]:
-        """The dialogue, keys user_prompt and robot_utterance, for one prompt about RGB `images`.
-        Raises RunError if none of MAX_TRIES answers is valid."""
-        for tries in range(MAX_TRIES):
-            (dialogue,) = self.call_qwen_batch([images], [prompt], tries)
-            if dialogue:
-                return dialogue
+        """A valid dialogue (user_prompt, robot_utterance) about RGB images. Raises RunError."""
+        answers = (self.call_qwen_batch([images], [prompt], n)[0] for n in range(MAX_TRIES))
+        if dialogue := next(filter(None, answers), None):
+            return dialogue
         raise RunError(f"none of {MAX_TRIES} answers of the model was a valid dialogue")
 
     def call_qwen_batch(
         self, images: Sequence[Sequence[Image]], prompts: Sequence[str], tries: int = 0
     ) -> list[dict[str, str] | None]:
         """One answer to each prompt about its images, after `tries` earlier ones; None: invalid.
-        Out of GPU memory, the batch and all later ones are halved; at one, RunError is raised."""
+        Out of GPU memory, batches are halved from here on; at one, RunError is raised."""
         import torch
 
-        if (half := self.batch_limit) < len(prompts):
-            ask = self.call_qwen_batch
-            return ask(images[:half], prompts[:half], tries) + ask(
-                images[half:], prompts[half:], tries
-            )
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature := self.temperature or (RETRY_TEMPERATURE if tries else 0.0):
+        sampling, tokens = {"do_sample": False}, None
+        if temperature := self.temperature or (tries and 0.7):  # greedy would only repeat itself
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        try:
+        with suppress(torch.OutOfMemoryError), torch.inference_mode():
             inputs = self.prepare(images, prompts).to(self.model.device)
-            with torch.inference_mode():
-                tokens = self.model.generate(**inputs, **sampling)
-        except torch.OutOfMemoryError:
-            self.batch_limit = len(prompts) // 2
-            if not self.batch_limit:
-                helps = "use fewer views (--num-image-views-per-sample) or a smaller --model"
-                raise RunError(f"out of GPU memory with a batch of one; {helps}") from None
+            tokens = self.model.generate(**inputs, **sampling)
+        if tokens is None:  # and what failed no longer holds its memory
             torch.cuda.empty_cache()
-            return self.call_qwen_batch(images, prompts, tries)
+            half = self.batch_limit = len(prompts) // 2
+            if not half:
+                raise RunError(
+                    "out of GPU memory for one sample; use fewer views or a smaller --model"
+                )
+            first = self.call_qwen_batch(images[:half], prompts[:half], tries)
+            return first + self.call_qwen_batch(images[half:], prompts[half:], tries)
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [parse_answer(PREFILL + answer) for answer in answers]
@@ -448,21 +415,18 @@ def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple
         videos = episode_files(meta, f"videos/{key}")
         starts = episode_table(meta)[f"videos/{key}/from_timestamp"].to_dict()
         return [(videos[s.episode_id], starts[s.episode_id] + s.timestamp) for s in samples]
-    groups, firsts, end = [], [], 0
-    for path in data_files(meta.root):
-        about = pq.read_metadata(path)
-        for number in range(about.num_row_groups):
-            groups.append((path, number))
-            firsts.append(end)
-            end += about.row_group(number).num_rows
+    files = [(p, pq.read_metadata(p)) for p in sorted(meta.root.glob("data/*/*.parquet"))]
+    groups = [(path, number) for path, about in files for number in range(about.num_row_groups)]
+    sizes = [about.row_group(n).num_rows for _, about in files for n in range(about.num_row_groups)]
+    firsts = [0, *accumulate(sizes)]
     holding = [bisect_right(firsts, sample.index) - 1 for sample in samples]
     return [(*groups[g], s.index - firsts[g]) for s, g in zip(samples, holding, strict=True)]
 
 
 def read_picture(meta: Any, place: tuple, key: str) -> Image | None:
-    """A camera's RGB picture at a place; None if it cannot be decoded, tried twice.
-    PyAV decodes: torchcodec, LeRobot's default, fails where FFmpeg is not installed. A frame within
-    half a frame of the time is the right one; LeRobot's own tolerance refuses good data."""
+    """A camera's RGB picture at a place, a video's nearest frame within half a frame; None if it
+    cannot be decoded. Not with torchcodec, LeRobot's default: it fails where FFmpeg is missing."""
+    import pyarrow.parquet as pq
     from lerobot.datasets.video_utils import decode_video_frames
     from PIL import Image
 
@@ -471,41 +435,23 @@ def read_picture(meta: Any, place: tuple, key: str) -> Image | None:
             if key in meta.video_keys:
                 pixels = decode_video_frames(*place[:1], place[1:], 0.5 / meta.fps + 1e-4, "pyav")
                 return Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy())
-            content = read_column(*place[:2], key)[place[2]].as_py()["bytes"]
+            group = pq.ParquetFile(place[0]).read_row_group(place[1], columns=[key])
+            content = group[key][place[2]].as_py()["bytes"]
             return Image.open(io.BytesIO(content)).convert("RGB")
         except Exception:  # every decoder has errors of its own
             time.sleep(0.1)
     return None
 
 
-@lru_cache(maxsize=4)
-def read_column(path: Path, row_group: int, key: str) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(path).read_row_group(row_group, columns=[key])[key]
-
-
-def read_samples(
-    meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]
-) -> Iterator[list[Image] | None]:
+def read_samples(meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]) -> Iterator:
     """Each sample's views, one per camera key; None where one cannot be decoded."""
     for places in zip(*(picture_places(meta, samples, key) for key in camera_keys), strict=True):
         views = [read_picture(meta, p, key) for p, key in zip(places, camera_keys, strict=True)]
         yield None if any(view is None for view in views) else views
 
 
-def check_pictures(meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]) -> None:
-    """Decode the last picture needed of every file: one cut off opens and tells its old length.
-    Raises InputError that names the file."""
-    for key in camera_keys:
-        for path, group in groupby(sorted(picture_places(meta, samples, key)), lambda p: p[0]):
-            problem = f"{path}: the last picture needed of {key} cannot be decoded"
-            require(read_picture(meta, max(group), key), f"{problem}; restore the file")
-
-
 def read_ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
-    """The same items, read by one thread that keeps up to `size` of them ready. One, because video
-    decoders shared between threads crash."""
+    """The same items, up to `size` of them ahead. By one thread: video decoders are not safe."""
     items, end, reader = iter(items), object(), ThreadPoolExecutor(1, "reader")
     try:
         ready = deque(reader.submit(next, items, end) for _ in range(size))
@@ -518,46 +464,35 @@ def read_ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
 
 # ------------------------------------------------------------------------------------ annotation
 Dialogues = dict[int, dict[str, str]]  # user_prompt and robot_utterance, by index of the frame
+Results = tuple["pd.DataFrame", "np.ndarray", list[dict[str, Any]]]
 
 
 @dataclass
 class Progress:
-    """What has become of the samples so far, by index of the frame."""
+    """What has become of the samples so far."""
 
     dialogues: Dialogues = field(default_factory=dict)
-    given_up: dict[int, str] = field(default_factory=dict)  # and why
+    given_up: dict[Sample, str] = field(default_factory=dict)  # and why
     asked_again: int = 0
     late_share: float = 0.0  # of frames that carry the dialogue of an earlier skill than their own
-
-
-def annotation(sample: Sample, dialogue: dict[str, str]) -> dict[str, Any]:
-    """A line of syn_annotations.jsonl, but for the task index, which is not known yet."""
-    own = ("index", "skill_rank")
-    return {key: value for key, value in vars(sample).items() if key not in own} | dialogue
+    save: Callable[[Dialogues], None] = lambda finished: None  # gets the dialogues of each batch
 
 
 def annotate_sample(pgen: QwenPgen, images: Sequence[Image], sample: Sample) -> dict[str, Any]:
-    """Generate a sample's line of syn_annotations.jsonl from its views (RGB).
-    Raises RunError if none of MAX_TRIES answers is valid."""
-    return annotation(sample, pgen.call_qwen(images, sample.prompt))
+    """Generate a sample's line of syn_annotations.jsonl from its RGB views, or raise RunError."""
+    return sample.annotated(pgen.call_qwen(images, sample.prompt))
 
 
-def annotate_samples(
-    pgen: QwenPgen, pairs: Iterable[tuple], batch_size: int, progress: Progress
-) -> Iterator[Dialogues]:
-    """Generate the dialogues of pairs (sample, its views or None) and yield those of each batch.
-    An answer that is not valid is asked for again in a later batch, up to MAX_TRIES times in all:
-    a batch of few stragglers takes nearly as long as a full one."""
-
-    def give_up(sample: Sample, why: str) -> None:
-        progress.given_up[sample.index] = why
-
-    broken = "its picture cannot be decoded"
-    fresh, again = ((s, views, 0) for s, views in pairs if views or give_up(s, broken)), []
+def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Progress) -> Iterator:
+    """Generate the dialogues of pairs (sample, its views or None) in batches of `limit`; yields how
+    many each had. Invalid answers are asked for again in later ones, MAX_TRIES times in all."""
+    given_up = progress.given_up  # update() returns None, so that the sample is left out
+    fresh, again = ((s, v, 0) for s, v in pairs if v or given_up.update({s: "broken picture"})), []
     while True:
-        # greedy batches cannot hold what was tried before, which must not be greedy again
-        room = 0 if again and not pgen.temperature else max(0, batch_size - len(again))
-        batch, again = again[:batch_size] + list(islice(fresh, room)), again[batch_size:]
+        size = min(limit, pgen.batch_limit)
+        # a greedy batch cannot hold what was tried before, which must not be greedy again
+        room = 0 if again and not pgen.temperature else max(0, size - len(again))
+        batch, again = again[:size] + list(islice(fresh, room)), again[size:]
         if not batch:
             return
         views, prompts = [v for _, v, _ in batch], [sample.prompt for sample, _, _ in batch]
@@ -569,34 +504,22 @@ def annotate_samples(
                 again.append((sample, views, tries + 1))
                 progress.asked_again += 1
             else:
-                give_up(sample, f"none of {MAX_TRIES} answers was valid")
+                given_up[sample] = f"none of {MAX_TRIES} answers was valid"
         progress.dialogues |= finished
-        yield finished
+        progress.save(finished)
+        yield len(finished)
 
 
 @contextmanager
-def open_journal(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[Dialogues, Callable]]:
-    """The dialogues in a folder's journal, and a function that adds more: what it has been given
-    is on the disk when it returns. A line torn by a crash is passed over. No other run can open
-    the journal meanwhile; that lock dies with its process. Raises InputError if it is locked or
-    was written with other settings."""
-    from filelock import FileLock, Timeout
-
+def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple[Dialogues, Callable]]:
+    """The dialogues in a folder's journal, but for a line torn by a crash, and a function that adds
+    more and has them on the disk when it returns. Locks out other runs until the process ends.
+    Raises InputError if it is locked or was written with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path, lock, known = folder / "dialogues.jsonl", FileLock(folder / "lock", timeout=0), {}
-    try:
+    with blaming(f"{folder}: another run is at work on it", "wait or stop that one"):
         lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder}: another run is at work on it; wait or stop that one") from None
-    with lock, path.open("a+b") as journal:
-        journal.seek(0)
-        for line in (content := journal.read()).split(b"\n"):
-            with suppress(ValueError):
-                entry = json.loads(line)
-                if "settings" in entry:
-                    compare_settings(path, entry["settings"], settings)
-                elif dialogue := parse_answer(json.dumps(entry)):
-                    known.setdefault(entry["index"], dialogue)
+    with path.open("w+b" if fresh else "a+b") as journal:
 
         def append(dialogues: Dialogues, header: str = "") -> None:
             lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
@@ -604,17 +527,29 @@ def open_journal(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[Dialo
             journal.flush()
             os.fsync(journal.fileno())
 
-        append({}, "\n" * (content[-1:] not in b"\n") + json_line({"settings": settings}))
-        yield known, append
+        journal.seek(0)
+        content = journal.read()
+        try:
+            for line in content.split(b"\n"):
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    if "settings" in entry:
+                        compare_settings(path, entry["settings"], settings)
+                    elif dialogue := parse_answer(json.dumps(entry)):
+                        known.setdefault(entry["index"], dialogue)
+            append({}, "\n" * (content[-1:] not in b"\n") + json_line({"settings": settings}))
+            yield known, append
+        finally:
+            if not known and not content:
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
 
 def compare_settings(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises InputError that names the first setting in which `found`, read from `path`, differs."""
+    """Raises InputError that names the first setting that `found`, read from `path`, has not."""
     for name, value in settings.items():
-        was = (
-            f"{path}: made with {name} = {found.get(name)!r}, this run has {value!r}; use the same"
-        )
-        require(found.get(name) == value, f"{was}, another --output-dir, or --overwrite to discard")
+        was = f"{path}: made with {name} = {found.get(name)!r}, but this run has {value!r}"
+        require(found.get(name) == value, f"{was}; undo that, change --output-dir or --overwrite")
 
 
 def json_line(entry: dict[str, Any]) -> str:
@@ -625,8 +560,7 @@ def json_line(entry: dict[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------- dataset
 def find_dataset(repo_id: str | None, data_dir: Path | None) -> Path:
-    """The folder of the dataset: `data_dir`, LeRobot's local copy of `repo_id`, or a download to
-    the cache of LeRobot 0.6, never over a folder that somebody records into."""
+    """The folder: `data_dir`, LeRobot's local copy of `repo_id`, or a download to its cache."""
     if data_dir:
         require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder; check the path")
         return data_dir.resolve()
@@ -637,38 +571,37 @@ def find_dataset(repo_id: str | None, data_dir: Path | None) -> Path:
     local, hub = HF_LEROBOT_HOME / repo_id, HF_LEROBOT_HOME / "hub"
     if (local / "meta" / "skills.json").is_file():
         return local
-    remedy = "check the name, the network and your login, or name a folder with --data-dir"
-    with blaming(f"--repo-id {repo_id}: cannot be had from the Hub", remedy):
-        version = get_safe_version(repo_id, "v3.0")
-        what = {"repo_type": "dataset", "revision": version}
+    problem = blaming(f"--repo-id {repo_id}: not to be had", "check the name, network and login")
+    with suppress(Exception) if (local / "meta" / "info.json").is_file() else problem:
+        what = {"repo_type": "dataset", "revision": get_safe_version(repo_id, "v3.0")}
         return Path(snapshot_download(repo_id, cache_dir=hub, **what))
+    return local  # recorded here and never uploaded
 
 
 def open_dataset(root: Path, repo_id: str | None = None) -> Any:
-    """The LeRobotDatasetMetadata of a folder in which every file of the dataset is there.
-    Checked first, because LeRobot turns to the Hub for what is missing. Raises InputError."""
-    path, tables = root / "meta" / "info.json", root / "meta" / "episodes"
-    require(path.is_file(), f"{path}: not found, so this is no LeRobot dataset; check the path")
-    info = read_json(path)
-    version, remedy = info.get("codebase_version"), "LeRobot's convert_dataset_v21_to_v30"
-    require(str(version)[:3] == "v3.", f"{path}: has format {version}, not v3.0; use {remedy}")
-    done = COLUMN in (info.get("features") or {})
-    require(not done, f"{root}: has {COLUMN} already; annotate the dataset it was made from")
-    fps = info.get("fps")
-    require(isinstance(fps, (int, float)) and fps > 0, f"{path}: fps is {fps!r}; correct it")
-    for template in filter(None, (info.get("data_path"), info.get("video_path"))):
-        outside = Path(template).is_absolute() or ".." in Path(template).parts
-        require(not outside, f'{path}: "{template}" leads out of the folder; correct it')
+    """The LeRobotDatasetMetadata of a folder in which every file of the dataset is there. Checked
+    first, because LeRobot turns to the Hub for what is missing. Raises InputError."""
+    info, tables = root / "meta" / "info.json", root / "meta" / "episodes"
+    require(info.is_file(), f"{info}: not found, so this is no LeRobot dataset; check the path")
+    version, remedy = (
+        read_json(info).get("codebase_version"),
+        "LeRobot's convert_dataset_v21_to_v30",
+    )
+    require(str(version)[:3] == "v3.", f"{info}: has format {version}, not v3.0; use {remedy}")
     for table in [root / "meta" / "tasks.parquet", *(sorted(tables.rglob("*.*")) or [tables])]:
         read_parquet(table, [])
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
-    with blaming(f"{path}: LeRobot cannot open the dataset", "repair its meta folder"):
+    with blaming(f"{info}: LeRobot cannot open the dataset", "repair its meta folder"):
         meta = LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
+        require(meta.fps > 0, f"{info}: fps is {meta.fps}; correct it")
+        require(COLUMN not in meta.features, f"{root}: has {COLUMN} already; annotate its source")
         kinds = ["data", *(f"videos/{key}" for key in meta.video_keys)]
         needed = {path for kind in kinds for path in episode_files(meta, kind).values()}
     require(needed, f"{root}: has no episodes; record some first")
     for path in sorted(needed):
+        inside = Path(os.path.normpath(path)).is_relative_to(root)
+        require(inside, f"{info}: a path leads out of the folder, to {path}; correct it")
         require(path.is_file(), f"{path}: is missing; restore it or download the dataset again")
     return meta
 
@@ -680,21 +613,14 @@ def episode_table(meta: Any) -> pd.DataFrame:
 def episode_files(meta: Any, kind: str) -> dict[int, Path]:
     """The file that holds each episode, by its index; `kind` is "data" or "videos/<camera key>"."""
     template = meta.data_path if kind == "data" else meta.video_path
-    places = episode_table(meta)[[f"{kind}/chunk_index", f"{kind}/file_index"]].itertuples()
-    key = {"video_key": kind.removeprefix("videos/")}
-    return {
-        i: meta.root / template.format(chunk_index=c, file_index=f, **key) for i, c, f in places
-    }
-
-
-def data_files(root: Path) -> list[Path]:
-    """The parquet files of the frames, in the order in which LeRobot concatenates them."""
-    return sorted(Path(root, "data").glob("*/*.parquet"))
+    template = template.replace("{video_key}", kind.removeprefix("videos/"))
+    columns = [f"{kind}/chunk_index", f"{kind}/file_index"]
+    places = episode_table(meta)[columns].itertuples(name=None)
+    return {i: meta.root / template.format(chunk_index=c, file_index=f) for i, c, f in places}
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Columns of a parquet file. All but pictures are decoded, to find damage in time.
-    Raises InputError that names the file."""
+    """Columns of a parquet file, all of which is decoded but pictures, to find damage in time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -705,37 +631,18 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def read_frames(meta: Any) -> pd.DataFrame:
-    """Every frame's episode_index, frame_index, timestamp and task_index, in dataset order.
-    Raises InputError if they are not those that the episode table promises."""
+    """The frames for plan_samples, checked against the episode table. Raises InputError."""
     import pandas as pd
 
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
-    tables = [read_parquet(path, names) for path in data_files(meta.root)]
-    frames = pd.concat(tables, ignore_index=True)
-    rows = frames.reset_index().groupby("episode_index")["index"].agg(["min", "max", "size"])
-    promised = episode_table(meta)["length"]
-    rows = rows.reindex(rows.index.union(promised.index))
-    whole = (rows["size"] == promised) & (rows["max"] - rows["min"] + 1 == promised)
+    files = sorted(meta.root.glob("data/*/*.parquet"))  # LeRobot concatenates them in this order
+    frames = pd.concat([read_parquet(path, names) for path in files], ignore_index=True)
+    found = Counter((e, len(list(run))) for e, run in groupby(frames["episode_index"]))
+    promised = Counter(episode_table(meta)["length"].items())
+    wrong = sorted(int(episode) for episode, _ in (found - promised) + (promised - found))
     problem = f"{meta.root}/data: does not hold the frames of meta/episodes for episode"
-    require(whole.all(), f"{problem} {list(whole.index[~whole])}; restore the files")
+    require(not wrong, f"{problem} {sorted(set(wrong))}; restore the files")
     return frames
-
-
-def choose_cameras(meta: Any, views: int, camera_keys: Sequence[str] | None) -> list[str]:
-    """`camera_keys`, or the first `views` colour cameras; depth maps are no pictures.
-    Raises InputError that lists the cameras there are."""
-    colour = []
-    for key, feature in meta.features.items():
-        details = (feature.get("video_info") or {}) | (feature.get("info") or {})
-        depth = details.get("is_depth_map") or details.get("video.is_depth_map")
-        if feature["dtype"] in ("video", "image") and 3 in feature["shape"] and not depth:
-            colour.append(key)
-    there_are = f"choose from the colour cameras: {', '.join(colour) or 'there are none'}"
-    for key in camera_keys or ():
-        require(key in colour, f"--camera-keys {key}: no such camera; {there_are}")
-    known = 0 < views <= len(colour)
-    require(known, f"--num-image-views-per-sample {views}: cannot be had; {there_are}")
-    return list(camera_keys or colour[:views])
 
 
 def make_plan(
@@ -745,78 +652,74 @@ def make_plan(
     camera_keys: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """All that is decided about a LeRobotDataset (or its metadata) before generation.
-    Raises InputError for what cannot be annotated."""
-    meta = getattr(dataset, "meta", dataset)
-    cameras = choose_cameras(meta, num_image_views_per_sample, camera_keys)
+    """All that is decided about a LeRobotDataset (or its metadata) before generation. Shown are
+    `camera_keys` or the first colour cameras; depth maps are no pictures. Raises InputError."""
+    meta, colour = getattr(dataset, "meta", dataset), []
+    for key, feature in meta.features.items():
+        details = (feature.get("video_info") or {}) | (feature.get("info") or {})
+        depth = details.get("is_depth_map") or details.get("video.is_depth_map")
+        if feature["dtype"] in ("video", "image") and 3 in feature["shape"] and not depth:
+            colour.append(key)
+    there_are = f"choose from the colour cameras: {', '.join(colour) or 'there are none'}"
+    unknown, views = set(camera_keys or ()) - set(colour), num_image_views_per_sample
+    require(not unknown, f"--camera-keys {sorted(unknown)}: no such camera; {there_are}")
+    require(0 < views <= len(colour), f"--num-image-views-per-sample {views}: {there_are}")
+    cameras = list(camera_keys or colour[:views])
     skills = load_skills(meta.root, list(meta.episodes["episode_index"]))
     tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
     frames = read_frames(meta)
     samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
-    check_pictures(meta, samples, cameras)
+    for key in cameras:  # a file that is cut off still opens and tells its old length
+        for path, group in groupby(sorted(picture_places(meta, samples, key)), lambda p: p[0]):
+            problem = f"{path}: the last picture needed of {key} cannot be decoded"
+            require(read_picture(meta, max(group), key), f"{problem}; restore the file")
     return Plan(samples, ranks, cameras)
 
 
-Results = tuple["pd.DataFrame", "np.ndarray", list[dict[str, Any]]]
-
-
 def generate_synthetic_data(
-    dataset: Any,
-    pgen: QwenPgen,
-    plan: Plan | None = None,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-    after_batch: Callable[[Dialogues], None] = lambda finished: None,
+    dataset: Any, pgen: QwenPgen, plan: Plan, batch_size: int = 16, progress: Progress | None = None
 ) -> Results:
-    """Generate the dialogues of a LeRobotDataset (or its metadata), as make_plan's plan says.
-    Those in `progress` are kept as they are; `after_batch` gets the dialogues of each batch.
-
-    Returns the table of tasks, each frame's row in it (int64 (frames,)), and the lines of
-    syn_annotations.jsonl. Raises RunError if an episode is left without any dialogue."""
-    from tqdm import tqdm
-
-    meta = getattr(dataset, "meta", dataset)
-    plan, progress = plan or make_plan(meta), progress or Progress()
+    """Generate a LeRobotDataset's dialogues, but for those in `progress`. Returns the task table,
+    each frame's row in it (int64 (frames,)), and syn_annotations.jsonl's lines, or RunError."""
+    meta, progress = getattr(dataset, "meta", dataset), progress or Progress()
     todo = [sample for sample in plan.samples if sample.index not in progress.dialogues]
     bar = tqdm(total=len(plan.samples), initial=len(plan.samples) - len(todo), unit="sample")
     pairs = zip(todo, read_samples(meta, todo, plan.camera_keys), strict=True)
     with closing(read_ahead(pairs, 2 * batch_size)) as pairs, bar:
-        for finished in annotate_samples(pgen, pairs, batch_size, progress):
-            after_batch(finished)
-            size = min(batch_size, pgen.batch_limit)
-            bar.set_postfix(batch=size, asked_again=progress.asked_again, refresh=False)
-            bar.update(len(finished))
+        for number in annotate_samples(pgen, pairs, batch_size, progress) if todo else ():
+            bar.set_postfix(batch=min(batch_size, pgen.batch_limit), again=progress.asked_again)
+            bar.update(number)
     return tabulate(plan, progress)
 
 
 def tabulate(plan: Plan, progress: Progress) -> Results:
     """The results of generate_synthetic_data from the dialogues that are there."""
-    import numpy as np
     import pandas as pd
 
     samples, dialogues = plan.samples, progress.dialogues
     answered = [position for position, s in enumerate(samples) if s.index in dialogues]
-    carried = assign_dialogues(samples, answered)
-    lines = [annotation(samples[i], dialogues[samples[i].index]) for i in answered]
+    carried, late = assign_dialogues(samples, answered), 0
+    lines = [samples[i].annotated(dialogues[samples[i].index]) for i in answered]
     table = pd.DataFrame(lines).rename(columns={"skill_current": "skill"})
     table = table[["user_prompt", "robot_utterance", "skill", "scenario_type", "response_type"]]
     rows = table.groupby(list(table), sort=False).ngroup().tolist()  # counted as first seen
     tasks = table.drop_duplicates(ignore_index=True)
-    tasks.insert(0, "task_index", np.arange(len(tasks), dtype=np.int64))
-    row_of, spans = dict(zip(answered, rows, strict=True)), [s.index for s in samples]
-    spans = np.diff([*spans, len(plan.skill_ranks)])
-    task_indices = np.repeat(np.array([row_of[c] for c in carried], np.int64), spans)
-    pairs = [(sample, samples[c]) for sample, c in zip(samples, carried, strict=True)]
-    ranks = [(c if c.episode_id == s.episode_id else s).skill_rank for s, c in pairs]
-    progress.late_share = float((plan.skill_ranks > np.repeat(ranks, spans)).mean())
+    tasks.insert(0, "task_index", range(len(tasks)))
+    row_of, task_indices = dict(zip(answered, rows, strict=True)), plan.skill_ranks.copy()
+    ends = [*(sample.index for sample in samples[1:]), len(task_indices)]
+    for sample, end, c in zip(samples, ends, carried, strict=True):
+        span = slice(sample.index, end)
+        shown = samples[c] if samples[c].episode_id == sample.episode_id else sample
+        late += int((plan.skill_ranks[span] > shown.skill_rank).sum())
+        task_indices[span] = row_of[c]
+    progress.late_share = late / len(task_indices)
     return tasks, task_indices, [ln | {COLUMN: row} for ln, row in zip(lines, rows, strict=True)]
 
 
 def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list[int]:
-    """For each sample, the position of the one in `answered` whose dialogue its frames carry:
-    itself; else the nearest earlier one of the episode, with the same skill before any other; else
-    the nearest later one. An episode without any borrows from others with the same skill and task.
-    Raises RunError that names the episodes for which there is none."""
+    """For each sample, the position of the one in `answered` whose dialogue its frames carry: it;
+    else the nearest earlier one of the episode, with the same skill before any other; else the
+    nearest later one; else one elsewhere with the same skill and task. Raises RunError for none."""
 
     def purpose(i: int) -> tuple[str, str]:
         return samples[i].skill_current, samples[i].task_description
@@ -832,14 +735,12 @@ def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list
             source = {i: found[i % len(found)] for i, found in fitting.items() if found}
         for i in positions if source else hopeless.append(episode) or ():
             near = [i] if i in source else source
-            _, _, _, nearest = min(
-                (j > i, j < i and purpose(j) != purpose(i), abs(j - i), j) for j in near
-            )
+            rank = [(j > i, j < i and purpose(j) != purpose(i), abs(j - i), j) for j in near]
+            nearest = min(rank)[-1]
             carried.append(source[nearest])
     if hopeless:
         problem = f"no valid dialogue for episode {hopeless}, nor elsewhere for its skills and task"
-        remedy = "the same command asks again; or change --temperature or --model"
-        raise RunError(f"{problem}; {remedy}")
+        raise RunError(f"{problem}; run again to ask again, or change --temperature or --model")
     return carried
 
 
@@ -853,23 +754,13 @@ def source_files(root: Path) -> list[Path]:
     return found
 
 
-def fingerprint(root: Path) -> str:
-    """A hash of what decides the samples: metadata by content, data and videos by path and size."""
-    digest = hashlib.sha256()
-    for file in source_files(root):
-        if file.parts[0] in ("meta", "data", "videos"):
-            digest.update(f"{file} {(root / file).stat().st_size} ".encode())
-            digest.update((root / file).read_bytes() if file.parts[0] == "meta" else b"")
-    return digest.hexdigest()
-
-
 def write_dataset(root: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
     """Write the dataset in `root` plus the new column to `target`, and read every file back.
     Raises RunError that names the file at fault."""
     import av
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
-    (tasks, task_indices, annotations), data = results, set(data_files(root))
+    (tasks, task_indices, annotations), data = results, set(root.glob("data/*/*.parquet"))
     for file in source_files(root):
         old, new = root / file, target / file
         with blaming(f"{new}: cannot be written", "see to the disk and run again", RunError):
@@ -881,24 +772,27 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
                 info["features"][COLUMN] = {"dtype": "int64", "shape": [1], "names": None}
                 new.write_text(json.dumps(info, indent=4, ensure_ascii=False), encoding="utf-8")
             else:
-                copy_file(old, new)
+                try:  # as a reflink (FICLONE), where the file system can: no time, no space
+                    import fcntl
+
+                    with old.open("rb") as source, new.open("wb") as copy:
+                        fcntl.ioctl(copy.fileno(), 0x40049409, source.fileno())
+                except (ImportError, OSError):
+                    shutil.copyfile(old, new)
                 assert new.stat().st_size == old.stat().st_size, "it is cut off"
             if file.suffix == ".mp4":
-                with av.open(str(new)) as video:
-                    next(video.decode(video=0))
+                next(av.open(str(new)).decode(video=0))
     meta = target / "meta"
     with blaming(f"{meta}: cannot be written", "see to the disk and run again", RunError):
         tasks.to_parquet(meta / "tasks_high_level.parquet")
-        with (meta / "syn_annotations.jsonl").open("w", encoding="utf-8") as lines:
-            lines.writelines(map(json_line, annotations))
+        (meta / "syn_annotations.jsonl").write_bytes("".join(map(json_line, annotations)).encode())
         (meta / "annotate_pgen.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
         LeRobotDatasetMetadata(f"local/{root.name}", root=target)
 
 
 def add_column(source: Path, target: Path, values: np.ndarray) -> int:
-    """Copy a parquet file and add the column, from the first of `values` (int64) on.
-    Row groups, codecs, dictionaries and metadata stay, but that what `datasets` keeps in the
-    metadata describes the new column too. Returns the number of rows."""
+    """Copy a parquet file as it is but for the new column, the first of `values` (int64), and its
+    description in the metadata that `datasets` keeps. Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -914,9 +808,8 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
         codecs = {c.path_in_schema: c.compression.replace("UNCOMPRESSED", "NONE") for c in first}
         codecs[COLUMN] = codecs.get("index", "SNAPPY")
         how = {"version": about.format_version, "compression": codecs}
-        how["use_dictionary"] = [c.path_in_schema for c in first if c.has_dictionary_page] + [
-            COLUMN
-        ]
+        dictionaries = [c.path_in_schema for c in first if c.has_dictionary_page]
+        how["use_dictionary"] = [*dictionaries, COLUMN]
         with pq.ParquetWriter(target, schema.with_metadata(metadata), **how) as writer:
             for group in range(about.num_row_groups):
                 table = parquet.read_row_group(group)
@@ -929,36 +822,13 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
     return row
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, as a reflink (no time, no space) where the file system can."""
-    try:
-        import fcntl
-
-        with source.open("rb") as old, target.open("wb") as new:
-            fcntl.ioctl(new.fileno(), 0x40049409, old.fileno())  # FICLONE of Linux
-    except (ImportError, OSError):
-        shutil.copyfile(source, target)
-
-
 # ---------------------------------------------------------------------------------- command line
-EXAMPLES = """\
-examples:
-  python annotate_pgen.py --data-dir outputs/demo/dataset --dry-run
-  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --output-dir outputs/pgen
-  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace --device auto \\
-      --model Qwen/Qwen3-VL-30B-A3B-Instruct --sample-interval 0.5 --num-image-views-per-sample 2
-"""
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags. Raises InputError for those that no dataset or machine could make usable."""
+    about, _, examples = __doc__.partition("examples:")
+    as_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="annotate_pgen.py",
-        description="Write a LeRobot dataset in which every frame has a synthetic dialogue: what a "
-        "person might have said to bring about the robot's skill, and what the robot answers.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=about, epilog=f"examples:{examples}", formatter_class=as_is, allow_abbrev=False
     )
     parser.error = lambda message: require(False, f"{message}; see --help")
 
@@ -990,19 +860,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dry-run", "print the plan and a prompt; load no model, write nothing", **switch)
     add("--debug", "show the traceback of an error", **switch)
     args = parser.parse_args(argv)
-    keys, interval, temperature = args.camera_keys or [], args.sample_interval, args.temperature
     repo_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.repo_id or "a/b", re.ASCII)
     for valid, problem in (
         (args.repo_id or args.data_dir, "neither --repo-id nor --data-dir: name a dataset"),
         (repo_id, f"--repo-id {args.repo_id}: is not of the form user/name; correct it"),
-        (len(set(keys)) == len(keys), "--camera-keys: names a camera twice; name each once"),
-        (
-            args.num_image_views_per_sample > 0,
-            "--num-image-views-per-sample: below 1; use 1 or more",
-        ),
-        (0 < interval < math.inf, "--sample-interval: is not positive and finite; use seconds"),
-        (0 <= temperature < math.inf, "--temperature: is negative or not finite; use 0 to about 1"),
-        (args.batch_size > 0, "--batch-size: below 1; use 1 or more"),
+        (args.num_image_views_per_sample > 0, "--num-image-views-per-sample must be 1 or more"),
+        (0 < args.sample_interval < math.inf, "--sample-interval must be positive and finite"),
+        (0 <= args.temperature < math.inf, "--temperature must be 0 or positive and finite"),
+        (args.batch_size > 0, "--batch-size must be 1 or more"),
         (args.repo_id or not args.push_to_hub, "--push-to-hub: names no target; add --repo-id"),
     ):
         require(valid, problem)
@@ -1032,13 +897,17 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         print(f"{example.prompt}\n\nThe answer begins with: {PREFILL}")
         return
     prompt = (PROMPT, PREFILL, SCENARIO_TYPES, RESPONSE_TYPES, SUITABLE_RESPONSES, HISTORY_LENGTH)
-    settings = {
-        key: getattr(args, key) for key in ("model", "sample_interval", "temperature", "seed")
-    }
+    names = ("model", "sample_interval", "temperature", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"camera_keys": plan.camera_keys}
     if Path(args.model).is_dir():
         settings["model"] = str(Path(args.model).resolve())
-    settings |= {"camera_keys": plan.camera_keys, "dataset": fingerprint(root)}
     settings["prompt"] = hashlib.sha256(repr(prompt).encode()).hexdigest()
+    files = [file for file in source_files(root) if file.parts[0] in ("meta", "data", "videos")]
+    decisive = ("info.json", "skills.json", "tasks.parquet", "episodes")
+    tables = [(root / file).read_bytes() for file in files if file.parts[1] in decisive]
+    sizes = [(str(f), (root / f).stat().st_size) for f in files if f.parts[0] != "meta"]
+    state = [hashlib.sha256(table).hexdigest() for table in tables], sizes
+    settings["dataset"] = hashlib.sha256(repr(state).encode()).hexdigest()
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         record = output / "meta" / "annotate_pgen.json"
         require(record.is_file(), f"--output-dir {output}: is not empty; name another folder")
@@ -1047,35 +916,33 @@ def annotate_dataset(args: argparse.Namespace) -> None:
             print(f"finished already, with the same settings: {output}")
             return
     needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
-    free = shutil.disk_usage(next(path for path in output.parents if path.exists())).free
-    space = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-    require(free > needed, f"--output-dir {output}: {space}; free some or name another folder")
-    if args.overwrite:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    lack = needed - shutil.disk_usage(next(path for path in output.parents if path.exists())).free
+    require(
+        lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; name another or free some"
+    )
     progress = Progress()
-    try:
-        with open_journal(unfinished, settings) as (progress.dialogues, append):
-            inform(f"{len(progress.dialogues)} of {len(plan.samples)} dialogues are there already")
-            inform(f"loading {args.model}")
-            torch.manual_seed(args.seed)
-            pgen = QwenPgen(args.model, args.device, args.dtype, args.temperature)
-            seconds, known = -time.monotonic(), len(progress.dialogues)
-            results = generate_synthetic_data(meta, pgen, plan, args.batch_size, progress, append)
-            seconds += time.monotonic()
-            inform(f"writing {output}")
-            shutil.rmtree(unfinished / "dataset", ignore_errors=True)
-            write_dataset(root, unfinished / "dataset", results, settings)
-            os.sync()
-            if output.exists():
-                output.rename(unfinished / "replaced")
-            (unfinished / "dataset").rename(output)
-            shutil.rmtree(unfinished)
-    finally:
-        if not progress.dialogues:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    for sample in plan.samples:
-        if why := progress.given_up.get(sample.index):
-            inform(f"given up: episode {sample.episode_id}, frame {sample.frame_index}: {why}")
+    with open_journal(unfinished, settings, args.overwrite) as opened:
+        progress.dialogues, progress.save = opened
+        known = len(progress.dialogues)
+        tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
+        torch.manual_seed(args.seed)
+        how = args.model, args.device, args.dtype, args.temperature
+        pgen = QwenPgen(*how) if known < len(plan.samples) else None
+        seconds = -time.monotonic()
+        results = generate_synthetic_data(meta, pgen, plan, args.batch_size, progress)
+        seconds += time.monotonic()
+        tqdm.write(f"writing {output}", file=sys.stderr)
+        shutil.rmtree(unfinished / "dataset", ignore_errors=True)
+        write_dataset(root, unfinished / "dataset", results, settings)
+        os.sync()
+        if output.exists():
+            output.rename(unfinished / "replaced")
+        (unfinished / "dataset").rename(output)
+        shutil.rmtree(unfinished)
+    for s, why in progress.given_up.items():
+        tqdm.write(
+            f"given up: episode {s.episode_id}, frame {s.frame_index}: {why}", file=sys.stderr
+        )
     rate = (len(progress.dialogues) - known) / seconds
     print_counts(plan, results[2], output)
     print(f"""\
@@ -1095,16 +962,11 @@ print(tasks.iloc[dataset[0]["{COLUMN}"].item()])""")
 
 
 def print_counts(plan: Plan, annotations: Iterable[dict[str, Any]], output: Path) -> None:
-    print(f"dataset        {output}")
-    print(f"frames         {len(plan.skill_ranks)}\nsamples        {len(plan.samples)}")
+    print(f"dataset        {output}\nframes         {len(plan.skill_ranks)}")
+    print(f"samples        {len(plan.samples)}")
     types = [(entry["scenario_type"], entry["response_type"]) for entry in annotations]
     for name, column in zip(("scenarios", "responses"), zip(*types, strict=True), strict=True):
         print(f"{name:14}", ", ".join(f"{key} {n}" for key, n in sorted(Counter(column).items())))
-
-
-def inform(message: str) -> None:
-    """Tell the person who waits; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1118,22 +980,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        warnings.filterwarnings("ignore")
+        logging.captureWarnings(True)
         logging.disable(logging.WARNING)
         annotate_dataset(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        code, message, foreseen = 1, str(error), isinstance(error, (InputError, RunError))
-        if isinstance(error, InputError):
-            code = 2
-        elif isinstance(error, KeyboardInterrupt):
+        code, message = 2 if isinstance(error, InputError) else 1, str(error)
+        if isinstance(error, KeyboardInterrupt):
             code, message = 128 + error.args[0], "interrupted; the same command goes on from here"
-        elif not foreseen:
-            message = f"{error!r}: unforeseen, see above; the same command goes on from here"
-        if (code == 1 and not foreseen) or "--debug" in (sys.argv if argv is None else argv):
-            traceback.print_exc()
-        inform(f"error: {one_line(message)}")
+        elif "--debug" in (argv or sys.argv) or not isinstance(error, (InputError, RunError)):
+            sys.excepthook(type(error), error, error.__traceback__)
+        tqdm.write(f"error: {one_line(message or repr(error))}", file=sys.stderr)
         return code
 
 

@@ -91,3 +91,7 @@ def test_help_and_mistyped_flags_are_fast():
         assert time.monotonic() - started < 3
         for library in ("torch", "transformers", "lerobot", "pandas", "pyarrow", "numpy"):
             assert f"| {library}\n" not in result.stderr
+
+
+def test_the_script_stays_short():
+    assert (ROOT / "annotate_pgen.py").read_text().count("\n") < 1000

@@ -158,8 +158,9 @@ def test_out_of_memory_halves_the_batch(dataset, model, tmp_path, monkeypatch):
         return generate(self, images, prompts)
 
     monkeypatch.setattr(QwenPgen, "prepare", fail)
-    code, _, err = annotate(dataset, model, tmp_path / "out", "--batch-size", 12)
-    assert code == 0 and sizes == [12, 6, 3, 3, 3, 3]
+    flags = ("--batch-size", 12, "--sample-interval", 0.5)
+    code, _, err = annotate(dataset, model, tmp_path / "out", *flags)
+    assert code == 0 and sizes == [12, 6, 3, 3, 6, 3, 3] + 3 * [3] + [2]
     assert "batch=3" in err
 
 
@@ -169,4 +170,4 @@ def test_out_of_memory_with_one(dataset, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(QwenPgen, "prepare", fail)
     code, _, err = annotate(dataset, model, tmp_path / "out")
-    assert code == 1 and "--num-image-views-per-sample" in err.splitlines()[-1]
+    assert code == 1 and "use fewer views" in err.splitlines()[-1]

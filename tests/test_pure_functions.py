@@ -143,16 +143,19 @@ def test_skill_boundaries_in_float32():
     """At nearly half of all k / 30 the float32 timestamp lies below the start meant."""
     seconds = (np.arange(300) / 30).astype(np.float32).astype(np.float64)
     skills = [Skill("a", 0, 1)] + [Skill("b", k / 30, 9) for k in range(1, 300)]
-    assert ap.current_skills(seconds, skills, 30).tolist() == list(range(300))
+    frames = pd.DataFrame({"episode_index": 0, "frame_index": range(300), "timestamp": seconds})
+    known = {0: EpisodeSkills("", tuple(skills))}
+    _, ranks = ap.plan_samples(frames.assign(task_index=0), known, {}, 30, 1.0, 0)
+    assert ranks.tolist() == list(range(300))
 
 
 def test_task_of_a_sample():
     frames, tasks = table([3, 3, 3], 10), {0: "even", 1: "odd"}
     skills = {0: episode_skills(0.0), 1: episode_skills(0.0, description="")}
     skills[2] = episode_skills(0.0, description="")
-    samples, _ = ap.plan_samples(frames, skills, tasks, 10)
+    samples, _ = ap.plan_samples(frames, skills, tasks, 10, 1.0, 0)
     assert [s.task_description for s in samples] == ["do it", "odd", "even"]
-    samples, _ = ap.plan_samples(frames, skills, {}, 10)
+    samples, _ = ap.plan_samples(frames, skills, {}, 10, 1.0, 0)
     assert [s.task_description for s in samples] == ["do it", "all of it", "all of it"]
 
 
@@ -162,12 +165,12 @@ def test_unusable_timestamps(bad):
     frames.loc[6, "timestamp"] = bad
     skills = {0: episode_skills(0.0), 1: episode_skills(0.0)}
     with pytest.raises(InputError, match="episode 1: its timestamps"):
-        ap.plan_samples(frames, skills, {}, 10)
+        ap.plan_samples(frames, skills, {}, 10, 1.0, 0)
 
 
 def test_types_are_dealt_evenly():
     skills = {e: episode_skills(0.0, 2.0, 4.0) for e in range(40)}
-    samples, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5)
+    samples, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5, 0)
     by_skill = defaultdict(Counter)
     for sample in samples:
         if sample.frame_index:
@@ -175,7 +178,7 @@ def test_types_are_dealt_evenly():
     for counted in by_skill.values():
         assert set(counted) == set(ap.SCENARIO_TYPES)
         assert max(counted.values()) - min(counted.values()) <= 1
-    again, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5)
+    again, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5, 0)
     other, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5, seed=1)
     assert again == samples != other
 

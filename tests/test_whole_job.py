@@ -107,7 +107,10 @@ def many_files(built):
 
     def build(root):
         make_demo.make_dataset(root, lengths, tasks=tasks, file_per_episode=True, skills=skills)
-        extra = {"meta/subtasks.parquet": b"anything", "meta/notes/mine.txt": b"hello"}
+        pd.DataFrame({"subtask_index": [0]}, index=["reach"]).to_parquet(
+            root / "meta/subtasks.parquet"
+        )
+        extra = {"meta/modality.json": b"{}", "meta/notes/mine.txt": b"hello"}
         for name, text in (extra | {"README.md": b"# mine", ".cache/x/y": b"no"}).items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(text)
