@@ -69,10 +69,10 @@ class RunError(Exception):
     """The run cannot go on; the dialogues generated so far are kept (exit code 1)."""
 
 
-def require(condition: Any, message: str) -> None:
-    """Raises InputError with the message unless the condition holds."""
+def require(condition: Any, message: str, kind: type[Exception] = InputError) -> None:
+    """Raises an error of the kind, with the message, unless the condition holds."""
     if not condition:
-        raise InputError(message)
+        raise kind(message)
 
 
 @contextmanager
@@ -376,10 +376,7 @@ class QwenPgen:
         if tokens is None:  # and what failed no longer holds its memory
             torch.cuda.empty_cache()
             half = self.batch_limit = len(prompts) // 2
-            if not half:
-                raise RunError(
-                    "out of GPU memory for one sample; use fewer views or a smaller --model"
-                )
+            require(half, "out of GPU memory; use fewer views or a smaller --model", RunError)
             first = self.call_qwen_batch(images[:half], prompts[:half], tries)
             return first + self.call_qwen_batch(images[half:], prompts[half:], tries)
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
@@ -515,17 +512,19 @@ def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple[Di
     """The dialogues in a folder's journal, but for a line torn by a crash, and a function that adds
     more and has them on the disk when it returns. Locks out other runs until the process ends.
     Raises InputError if it is locked or was written with other settings."""
-    folder.mkdir(parents=True, exist_ok=True)
     path, lock, known = folder / "dialogues.jsonl", FileLock(folder / "lock", timeout=0), {}
-    with blaming(f"{folder}: another run is at work on it", "wait or stop that one"):
+    with blaming(f"{folder}: cannot be had alone", "wait for the other run or take another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    with path.open("w+b" if fresh else "a+b") as journal:
+    with path.open("w+b" if fresh else "a+b", buffering=0) as journal:
 
         def append(dialogues: Dialogues, header: str = "") -> None:
             lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
-            journal.write((header + "".join(lines)).encode())
-            journal.flush()
-            os.fsync(journal.fileno())
+            with blaming(f"{path}: cannot be written", "see to the disk and run again", RunError):
+                written = (header + "".join(lines)).encode()
+                require(journal.write(written) == len(written), "the disk is full", OSError)
+                os.fsync(journal.fileno())
+            known.update(dialogues)
 
         journal.seek(0)
         content = journal.read()
@@ -779,7 +778,7 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
                         fcntl.ioctl(copy.fileno(), 0x40049409, source.fileno())
                 except (ImportError, OSError):
                     shutil.copyfile(old, new)
-                assert new.stat().st_size == old.stat().st_size, "it is cut off"
+                require(new.stat().st_size == old.stat().st_size, "it is cut off", OSError)
             if file.suffix == ".mp4":
                 next(av.open(str(new)).decode(video=0))
     meta = target / "meta"
@@ -818,7 +817,7 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
                 writer.write_table(table, row_group_size=len(table))
                 row += len(table)
     written = pq.read_table(target, columns=[COLUMN])[COLUMN].to_numpy()
-    assert (written == values[:row]).all(), "it reads back wrong"
+    require((written == values[:row]).all(), "it reads back wrong", OSError)
     return row
 
 
@@ -856,7 +855,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = group("output")
     add("--output-dir", f"folder of the new dataset; None: the source's name{SUFFIX}", type=Path)
     add("--overwrite", "discard what an earlier run left at the output", **switch)
-    add("--push-to-hub", f"push the new dataset to <repo-id>{SUFFIX}", **switch)
+    add("--push-to-hub", f"not built yet: push the result to <repo-id>{SUFFIX}", **switch)
     add("--dry-run", "print the plan and a prompt; load no model, write nothing", **switch)
     add("--debug", "show the traceback of an error", **switch)
     args = parser.parse_args(argv)
@@ -869,6 +868,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (0 <= args.temperature < math.inf, "--temperature must be 0 or positive and finite"),
         (args.batch_size > 0, "--batch-size must be 1 or more"),
         (args.repo_id or not args.push_to_hub, "--push-to-hub: names no target; add --repo-id"),
+        (not args.push_to_hub, "--push-to-hub: not built yet; leave it out, then use `hf upload`"),
     ):
         require(valid, problem)
     return args
@@ -917,9 +917,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
             return
     needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
     lack = needed - shutil.disk_usage(next(path for path in output.parents if path.exists())).free
-    require(
-        lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; name another or free some"
-    )
+    require(lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; free some on the disk")
     progress = Progress()
     with open_journal(unfinished, settings, args.overwrite) as opened:
         progress.dialogues, progress.save = opened
@@ -934,15 +932,15 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         tqdm.write(f"writing {output}", file=sys.stderr)
         shutil.rmtree(unfinished / "dataset", ignore_errors=True)
         write_dataset(root, unfinished / "dataset", results, settings)
-        os.sync()
-        if output.exists():
-            output.rename(unfinished / "replaced")
-        (unfinished / "dataset").rename(output)
-        shutil.rmtree(unfinished)
+        with blaming(f"{output}: cannot be renamed into", "see to it and run again", RunError):
+            os.sync()
+            if output.exists():
+                output.rename(unfinished / "replaced")
+            (unfinished / "dataset").rename(output)
+            shutil.rmtree(unfinished)
     for s, why in progress.given_up.items():
-        tqdm.write(
-            f"given up: episode {s.episode_id}, frame {s.frame_index}: {why}", file=sys.stderr
-        )
+        where = f"episode {s.episode_id}, frame {s.frame_index}"
+        tqdm.write(f"given up: {where}: {why}", file=sys.stderr)
     rate = (len(progress.dialogues) - known) / seconds
     print_counts(plan, results[2], output)
     print(f"""\
