@@ -582,12 +582,11 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
     first, because LeRobot turns to the Hub for what is missing. Raises InputError."""
     info, tables = root / "meta" / "info.json", root / "meta" / "episodes"
     require(info.is_file(), f"{info}: not found, so this is no LeRobot dataset; check the path")
-    version, remedy = (
-        read_json(info).get("codebase_version"),
-        "LeRobot's convert_dataset_v21_to_v30",
-    )
-    require(str(version)[:3] == "v3.", f"{info}: has format {version}, not v3.0; use {remedy}")
-    for table in [root / "meta" / "tasks.parquet", *(sorted(tables.rglob("*.*")) or [tables])]:
+    version = read_json(info).get("codebase_version")
+    remedy = "convert it with LeRobot's convert_dataset_v21_to_v30"
+    require(str(version)[:3] == "v3.", f"{info}: has format {version}, not v3.0; {remedy}")
+    tables = sorted(tables.glob("*/*.parquet")) or [tables]
+    for table in (root / "meta" / "tasks.parquet", *tables):
         read_parquet(table, [])
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
@@ -876,6 +875,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def annotate_dataset(args: argparse.Namespace) -> None:
     """The whole job, from the source dataset to the new one. Raises InputError and RunError."""
+    import av
     import torch
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
@@ -887,6 +887,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
     apart = not output.is_relative_to(root)
     require(apart, f"--output-dir {output}: lies in the source dataset; name another folder")
     meta = open_dataset(root, args.repo_id)
+    av.logging.set_level(av.logging.PANIC)  # set by now by others; a broken file is ours to report
     views, keys = args.num_image_views_per_sample, args.camera_keys
     plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
     if args.dry_run:
@@ -960,7 +961,7 @@ print(tasks.iloc[dataset[0]["{COLUMN}"].item()])""")
 
 
 def print_counts(plan: Plan, annotations: Iterable[dict[str, Any]], output: Path) -> None:
-    print(f"dataset        {output}\nframes         {len(plan.skill_ranks)}")
+    print(f"new dataset    {output}\nframes         {len(plan.skill_ranks)}")
     print(f"samples        {len(plan.samples)}")
     types = [(entry["scenario_type"], entry["response_type"]) for entry in annotations]
     for name, column in zip(("scenarios", "responses"), zip(*types, strict=True), strict=True):
