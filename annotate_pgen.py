@@ -14,9 +14,8 @@
 """Write a LeRobot dataset in which every frame has a dialogue: what a person might have said to
 bring about the robot's skill, and what the robot answers (p_gen of Hi Robot, arXiv 2502.19417).
 
-A Qwen vision-language model sees sampled frames of a dataset with skills (meta/skills.json, from
-annotate.py) and writes the dialogues. To change what it is asked, edit PROMPT, SCENARIO_TYPES and
-RESPONSE_TYPES, and look at the outcome with --dry-run.
+A Qwen vision-language model writes them for sampled frames of a dataset with meta/skills.json. To
+change what it is asked, edit PROMPT, SCENARIO_TYPES and RESPONSE_TYPES, and see with --dry-run.
 
 examples:
   python annotate_pgen.py --data-dir outputs/demo/dataset --dry-run
@@ -87,7 +86,6 @@ def blaming(culprit: str, remedy: str, kind: type[Exception] = InputError) -> It
 
 
 # ------------------------------------------------------------------------------------ vocabulary
-# What the person says and what the robot answers, as the prompt asks for it (Hi Robot, sec. IV).
 SCENARIO_TYPES = {
     "specific_object": "The person names the object or the action plainly.",
     "negative_task": "The person says what NOT to do or touch, which leaves this skill.",
@@ -130,8 +128,7 @@ class EpisodeSkills:
 
 
 def load_skills(root: Path, episode_indices: Sequence[int]) -> dict[int, EpisodeSkills]:
-    """The skills of the given episodes from meta/skills.json. Raises InputError that says where it
-    is malformed, or lists the episodes without skills."""
+    """The episodes' skills from meta/skills.json. Raises InputError, also if one lacks any."""
     path, loaded = Path(root, "meta", "skills.json"), {}
     require(path.is_file(), f"{path}: not found; run annotate.py first to annotate the skills")
     content, again = read_json(path), "correct it or run annotate.py again"
@@ -215,9 +212,8 @@ def plan_samples(
     frames: pd.DataFrame, skills: dict, tasks: dict, fps: float, sample_interval: float, seed: int
 ) -> tuple[list[Sample], np.ndarray]:
     """The frames to sample with what is asked about each, and every frame's skill rank (int64).
-    `frames`: episode_index, frame_index, timestamp (seconds), task_index of each. Its skill is the
-    last that has started, before any the first; its task the episode's description, else its own
-    in `tasks` (by task_index), else the coarse description. Raises InputError."""
+    `frames`: episode_index, frame_index, timestamp (seconds), task_index. A frame's skill is the
+    last that has started, before any the first; `tasks` serve episodes without description."""
     samples, ranks = [], frames["frame_index"].to_numpy(dtype="int64", copy=True)
     for episode_index, episode in frames.groupby("episode_index", sort=False):
         known, timestamps = skills[episode_index], episode["timestamp"].to_numpy()
@@ -240,8 +236,7 @@ def plan_samples(
 
 
 def deal_types(samples: Iterable[Sample], seed: int) -> list[Sample]:
-    """The samples with scenario and response types, dealt like cards: every skill gets every type
-    equally often, where a small model left to choose nearly always writes one and the same."""
+    """The samples with types, dealt like cards: left to itself, a model picks mostly one."""
     shuffler, decks, dealt = random.Random(seed), {}, []
 
     def draw(deck_of: tuple, types: Sequence[str]) -> str:
@@ -300,8 +295,7 @@ MAX_PIXELS = 448 * 448  # of a picture: 256 tokens for Qwen2-VL, 196 for Qwen3-V
 
 
 def parse_answer(text: str) -> dict[str, str] | None:
-    """The dialogue in an answer, stripped. None if it is not valid and must be asked for again:
-    both sides are one line of sane length that somebody could say, and no echo of the prompt."""
+    """The dialogue in an answer, stripped; None if it is not one that somebody could say."""
     try:
         answer, _ = json.JSONDecoder().raw_decode(text.strip())
         dialogue = {key: answer[key].strip() for key in ("user_prompt", "robot_utterance")}
@@ -369,6 +363,7 @@ class QwenPgen:
 
         sampling, tokens = {"do_sample": False}, None
         if temperature := self.temperature or (tries and 0.7):  # greedy would only repeat itself
+            temperature = max(temperature, 0.01)  # logits over less overflow
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with suppress(torch.OutOfMemoryError), torch.inference_mode():
             inputs = self.prepare(images, prompts).to(self.model.device)
@@ -404,8 +399,7 @@ class QwenPgen:
 
 # ---------------------------------------------------------------------------------------- frames
 def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple]:
-    """Where each sample's picture is: (video, seconds in it), or (parquet file, row group, row).
-    As in LeRobotDataset, a frame's time in the video is from_timestamp plus its own timestamp."""
+    """Each sample's (video, seconds in it, as in LeRobotDataset) or (parquet, row group, row)."""
     import pyarrow.parquet as pq
 
     if key in meta.video_keys:
@@ -481,8 +475,7 @@ def annotate_sample(pgen: QwenPgen, images: Sequence[Image], sample: Sample) -> 
 
 
 def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Progress) -> Iterator:
-    """Generate the dialogues of pairs (sample, its views or None) in batches of `limit`; yields how
-    many each had. Invalid answers are asked for again in later ones, MAX_TRIES times in all."""
+    """Generate the dialogues of pairs (sample, views or None), `limit` at a time; counts them."""
     given_up = progress.given_up  # update() returns None, so that the sample is left out
     fresh, again = ((s, v, 0) for s, v in pairs if v or given_up.update({s: "broken picture"})), []
     while True:
@@ -508,15 +501,17 @@ def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Prog
 
 
 @contextmanager
-def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple[Dialogues, Callable]]:
-    """The dialogues in a folder's journal, but for a line torn by a crash, and a function that adds
-    more and has them on the disk when it returns. Locks out other runs until the process ends.
-    Raises InputError if it is locked or was written with other settings."""
+def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple]:
+    """The dialogues in a journal (but for a line torn by a crash), a function that puts more on the
+    disk, and how often it was opened before. Raises InputError if another run has it, or if it has
+    other settings and is not to be `fresh`."""
     path, lock, known = folder / "dialogues.jsonl", FileLock(folder / "lock", timeout=0), {}
+    foreign = {file.name for file in folder.glob("*")} - {"lock"}
+    require(not foreign or path.name in foreign, f"{folder}: is no journal; move it away")
     with blaming(f"{folder}: cannot be had alone", "wait for the other run or take another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    with path.open("w+b" if fresh else "a+b", buffering=0) as journal:
+    with path.open("a+b", buffering=0) as journal:
 
         def append(dialogues: Dialogues, header: str = "") -> None:
             lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
@@ -526,8 +521,10 @@ def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple[Di
                 os.fsync(journal.fileno())
             known.update(dialogues)
 
-        journal.seek(0)
-        content = journal.read()
+        header = json_line({"settings": settings, "overwrite": fresh})
+        if fresh and not path.read_bytes().startswith(header.encode()):
+            journal.truncate(0)  # but an interrupted --overwrite goes on, as any run
+        content = path.read_bytes()
         try:
             for line in content.split(b"\n"):
                 with suppress(ValueError, KeyError, TypeError):
@@ -536,11 +533,13 @@ def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple[Di
                         compare_settings(path, entry["settings"], settings)
                     elif dialogue := parse_answer(json.dumps(entry)):
                         known.setdefault(entry["index"], dialogue)
-            append({}, "\n" * (content[-1:] not in b"\n") + json_line({"settings": settings}))
-            yield known, append
-        finally:
-            if not known and not content:
+            append({}, "\n" * (content[-1:] not in b"\n") + header)
+            yield known, append, content.count(b'{"settings"')
+        except InputError:  # of other settings, or of a model that cannot be loaded
+            if not content:
                 shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
             lock.release()
 
 
@@ -578,8 +577,7 @@ def find_dataset(repo_id: str | None, data_dir: Path | None) -> Path:
 
 
 def open_dataset(root: Path, repo_id: str | None = None) -> Any:
-    """The LeRobotDatasetMetadata of a folder in which every file of the dataset is there. Checked
-    first, because LeRobot turns to the Hub for what is missing. Raises InputError."""
+    """A folder's LeRobotDatasetMetadata, every file there, lest LeRobot asks the Hub for one."""
     info, tables = root / "meta" / "info.json", root / "meta" / "episodes"
     require(info.is_file(), f"{info}: not found, so this is no LeRobot dataset; check the path")
     version = read_json(info).get("codebase_version")
@@ -593,11 +591,9 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
     with blaming(f"{info}: LeRobot cannot open the dataset", "repair its meta folder"):
         meta = LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
         require(meta.fps > 0, f"{info}: fps is {meta.fps}; correct it")
-        require(COLUMN not in meta.features, f"{root}: has {COLUMN} already; annotate its source")
-        kinds = ["data", *(f"videos/{key}" for key in meta.video_keys)]
-        needed = {path for kind in kinds for path in episode_files(meta, kind).values()}
+        needed = needed_files(meta)
     require(needed, f"{root}: has no episodes; record some first")
-    for path in sorted(needed):
+    for path in needed:
         inside = Path(os.path.normpath(path)).is_relative_to(root)
         require(inside, f"{info}: a path leads out of the folder, to {path}; correct it")
         require(path.is_file(), f"{path}: is missing; restore it or download the dataset again")
@@ -617,6 +613,11 @@ def episode_files(meta: Any, kind: str) -> dict[int, Path]:
     return {i: meta.root / template.format(chunk_index=c, file_index=f) for i, c, f in places}
 
 
+def needed_files(meta: Any) -> list[Path]:
+    kinds = ["data", *(f"videos/{key}" for key in meta.video_keys)]
+    return sorted({path for kind in kinds for path in episode_files(meta, kind).values()})
+
+
 def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Columns of a parquet file, all of which is decoded but pictures, to find damage in time."""
     import pyarrow as pa
@@ -624,6 +625,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
     with blaming(f"{path}: cannot be read", "restore the file"), pq.ParquetFile(path) as parquet:
         names = [f.name for f in parquet.schema_arrow if not pa.types.is_struct(f.type)]
+        require(COLUMN not in names, f"{path}: has {COLUMN} already; annotate its source")
         groups = (parquet.read_row_group(i, names) for i in range(parquet.num_row_groups))
         return pa.concat_tables([group.select(columns) for group in groups]).to_pandas()
 
@@ -635,6 +637,9 @@ def read_frames(meta: Any) -> pd.DataFrame:
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
     files = sorted(meta.root.glob("data/*/*.parquet"))  # LeRobot concatenates them in this order
     frames = pd.concat([read_parquet(path, names) for path in files], ignore_index=True)
+    require(
+        frames.notna().all(axis=None), f"{meta.root}/data: {names} hold nulls; restore the files"
+    )
     found = Counter((e, len(list(run))) for e, run in groupby(frames["episode_index"]))
     promised = Counter(episode_table(meta)["length"].items())
     wrong = sorted(int(episode) for episode, _ in (found - promised) + (promised - found))
@@ -667,7 +672,7 @@ def make_plan(
     tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
     frames = read_frames(meta)
     samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
-    for key in cameras:  # a file that is cut off still opens and tells its old length
+    for key in dict.fromkeys([*cameras, *meta.video_keys]):  # a file that is cut off still opens
         for path, group in groupby(sorted(picture_places(meta, samples, key)), lambda p: p[0]):
             problem = f"{path}: the last picture needed of {key} cannot be decoded"
             require(read_picture(meta, max(group), key), f"{problem}; restore the file")
@@ -683,7 +688,7 @@ def generate_synthetic_data(
     todo = [sample for sample in plan.samples if sample.index not in progress.dialogues]
     bar = tqdm(total=len(plan.samples), initial=len(plan.samples) - len(todo), unit="sample")
     pairs = zip(todo, read_samples(meta, todo, plan.camera_keys), strict=True)
-    with closing(read_ahead(pairs, 2 * batch_size)) as pairs, bar:
+    with closing(read_ahead(pairs, 2 * min(batch_size, len(todo)))) as pairs, bar:
         for number in annotate_samples(pgen, pairs, batch_size, progress) if todo else ():
             bar.set_postfix(batch=min(batch_size, pgen.batch_limit), again=progress.asked_again)
             bar.update(number)
@@ -715,18 +720,18 @@ def tabulate(plan: Plan, progress: Progress) -> Results:
 
 
 def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list[int]:
-    """For each sample, the position of the one in `answered` whose dialogue its frames carry: it;
-    else the nearest earlier one of the episode, with the same skill before any other; else the
-    nearest later one; else one elsewhere with the same skill and task. Raises RunError for none."""
+    """For each sample, the position of the one in `answered` whose dialogue its frames carry: it,
+    else the nearest earlier one of the episode (with its skill before any other), else the nearest
+    later one, else one elsewhere with its skill and task. Raises RunError if there is none."""
 
     def purpose(i: int) -> tuple[str, str]:
         return samples[i].skill_current, samples[i].task_description
 
-    lenders, carried, hopeless = {}, [], []
+    lenders, carried, hopeless, own = {}, [], [], set(answered)
     for i in answered:
         lenders.setdefault(purpose(i), []).append(i)
     for episode, group in groupby(range(len(samples)), lambda i: samples[i].episode_id):
-        positions, own = list(group), set(answered)
+        positions = list(group)
         source = {i: i for i in positions if i in own}
         if not source:
             fitting = {i: lenders.get(purpose(i)) for i in positions}
@@ -738,7 +743,7 @@ def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list
             carried.append(source[nearest])
     if hopeless:
         problem = f"no valid dialogue for episode {hopeless}, nor elsewhere for its skills and task"
-        raise RunError(f"{problem}; run again to ask again, or change --temperature or --model")
+        raise RunError(f"{problem}; run again to ask again, or --overwrite with another --model")
     return carried
 
 
@@ -748,7 +753,9 @@ def source_files(root: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(set(subfolders) - {".cache", ".git"})
-        found += [Path(folder, name).relative_to(root) for name in sorted(names)]
+        for path in (Path(folder, name) for name in sorted(names)):
+            require(path.is_file(), f"{path}: is no file to be read; restore or remove it")
+            found.append(path.relative_to(root))
     return found
 
 
@@ -770,22 +777,16 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
                 info["features"][COLUMN] = {"dtype": "int64", "shape": [1], "names": None}
                 new.write_text(json.dumps(info, indent=4, ensure_ascii=False), encoding="utf-8")
             else:
-                try:  # as a reflink (FICLONE), where the file system can: no time, no space
-                    import fcntl
-
-                    with old.open("rb") as source, new.open("wb") as copy:
-                        fcntl.ioctl(copy.fileno(), 0x40049409, source.fileno())
-                except (ImportError, OSError):
-                    shutil.copyfile(old, new)
+                shutil.copyfile(old, new)
                 require(new.stat().st_size == old.stat().st_size, "it is cut off", OSError)
-            if file.suffix == ".mp4":
-                next(av.open(str(new)).decode(video=0))
     meta = target / "meta"
     with blaming(f"{meta}: cannot be written", "see to the disk and run again", RunError):
         tasks.to_parquet(meta / "tasks_high_level.parquet")
         (meta / "syn_annotations.jsonl").write_bytes("".join(map(json_line, annotations)).encode())
         (meta / "annotate_pgen.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
-        LeRobotDatasetMetadata(f"local/{root.name}", root=target)
+        written = LeRobotDatasetMetadata(f"local/{root.name}", root=target)
+        for path in (file for file in needed_files(written) if file.suffix == ".mp4"):
+            next(av.open(str(path)).decode(video=0))
 
 
 def add_column(source: Path, target: Path, values: np.ndarray) -> int:
@@ -798,22 +799,21 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
         about, row = parquet.metadata, 0
         schema = parquet.schema_arrow.append(pa.field(COLUMN, pa.int64()))
         metadata = dict(schema.metadata or {})
-        if b"huggingface" in metadata:
+        with suppress(KeyError, ValueError, TypeError):  # not there, or nothing to describe columns
             described = json.loads(metadata[b"huggingface"])
             described["info"]["features"][COLUMN] = {"dtype": "int64", "_type": "Value"}
             metadata[b"huggingface"] = json.dumps(described).encode()
         first = [about.row_group(0).column(i) for i in range(about.num_columns)]
         codecs = {c.path_in_schema: c.compression.replace("UNCOMPRESSED", "NONE") for c in first}
         codecs[COLUMN] = codecs.get("index", "SNAPPY")
-        how = {"version": about.format_version, "compression": codecs}
-        dictionaries = [c.path_in_schema for c in first if c.has_dictionary_page]
-        how["use_dictionary"] = [*dictionaries, COLUMN]
+        coded = [COLUMN, *(c.path_in_schema for c in first if c.has_dictionary_page)]
+        how = {"version": about.format_version, "compression": codecs, "use_dictionary": coded}
         with pq.ParquetWriter(target, schema.with_metadata(metadata), **how) as writer:
             for group in range(about.num_row_groups):
                 table = parquet.read_row_group(group)
                 column = pa.array(values[row : row + len(table)], pa.int64())
                 table = table.append_column(schema.field(COLUMN), column)
-                writer.write_table(table, row_group_size=len(table))
+                writer.write_table(table, row_group_size=max(1, len(table)))
                 row += len(table)
     written = pq.read_table(target, columns=[COLUMN])[COLUMN].to_numpy()
     require((written == values[:row]).all(), "it reads back wrong", OSError)
@@ -880,16 +880,25 @@ def annotate_dataset(args: argparse.Namespace) -> None:
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
     started = time.monotonic()
-    root = find_dataset(args.repo_id, args.data_dir)
-    base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
-    output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
-    unfinished = output.with_name(output.name + ".partial")
-    apart = not output.is_relative_to(root)
-    require(apart, f"--output-dir {output}: lies in the source dataset; name another folder")
-    meta = open_dataset(root, args.repo_id)
-    av.logging.set_level(av.logging.PANIC)  # set by now by others; a broken file is ours to report
-    views, keys = args.num_image_views_per_sample, args.camera_keys
-    plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
+    with blaming(f"{args.data_dir or args.repo_id}: cannot be annotated", "repair the dataset"):
+        root = find_dataset(args.repo_id, args.data_dir).resolve()
+        base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
+        output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
+        unfinished = output.with_name(output.name + ".partial")
+        overlap = any(
+            p.is_relative_to(root) or root.is_relative_to(p) for p in (output, unfinished)
+        )
+        require(not overlap, f"--output-dir {output}: overlaps the source; name another folder")
+        occupied = output.exists() and any(output.iterdir() if output.is_dir() else [output])
+        meta = open_dataset(root, args.repo_id)
+        av.logging.set_level(av.logging.PANIC)  # set by others so far; what is broken we report
+        views, keys = args.num_image_views_per_sample, args.camera_keys
+        plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
+        needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
+        sizes = [(str(path.relative_to(root)), path.stat().st_size) for path in needed_files(meta)]
+        tables = [root / "meta" / name for name in ("info.json", "skills.json", "tasks.parquet")]
+        tables += sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+        state = [hashlib.sha256(table.read_bytes()).hexdigest() for table in tables], sizes
     if args.dry_run:
         example = plan.samples[len(plan.samples) // 2]
         print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
@@ -900,31 +909,25 @@ def annotate_dataset(args: argparse.Namespace) -> None:
     prompt = (PROMPT, PREFILL, SCENARIO_TYPES, RESPONSE_TYPES, SUITABLE_RESPONSES, HISTORY_LENGTH)
     names = ("model", "sample_interval", "temperature", "seed")
     settings = {name: getattr(args, name) for name in names} | {"camera_keys": plan.camera_keys}
-    if Path(args.model).is_dir():
-        settings["model"] = str(Path(args.model).resolve())
+    local = Path(args.model)
+    settings["model"] = str(local.resolve()) if local.is_dir() else args.model
     settings["prompt"] = hashlib.sha256(repr(prompt).encode()).hexdigest()
-    files = [file for file in source_files(root) if file.parts[0] in ("meta", "data", "videos")]
-    decisive = ("info.json", "skills.json", "tasks.parquet", "episodes")
-    tables = [(root / file).read_bytes() for file in files if file.parts[1] in decisive]
-    sizes = [(str(f), (root / f).stat().st_size) for f in files if f.parts[0] != "meta"]
-    state = [hashlib.sha256(table).hexdigest() for table in tables], sizes
     settings["dataset"] = hashlib.sha256(repr(state).encode()).hexdigest()
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+    if occupied:
         record = output / "meta" / "annotate_pgen.json"
         require(record.is_file(), f"--output-dir {output}: is not empty; name another folder")
         if not args.overwrite:
             compare_settings(record, read_json(record), settings)
             print(f"finished already, with the same settings: {output}")
             return
-    needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
     lack = needed - shutil.disk_usage(next(path for path in output.parents if path.exists())).free
     require(lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; free some on the disk")
     progress = Progress()
     with open_journal(unfinished, settings, args.overwrite) as opened:
-        progress.dialogues, progress.save = opened
+        progress.dialogues, progress.save, attempts = opened
         known = len(progress.dialogues)
         tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
-        torch.manual_seed(args.seed)
+        torch.manual_seed((args.seed + attempts) % 2**63)  # what has failed must not be repeated
         how = args.model, args.device, args.dtype, args.temperature
         pgen = QwenPgen(*how) if known < len(plan.samples) else None
         seconds = -time.monotonic()
@@ -936,12 +939,11 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         with blaming(f"{output}: cannot be renamed into", "see to it and run again", RunError):
             os.sync()
             if output.exists():
-                output.rename(unfinished / "replaced")
+                output.rename(unfinished / f"replaced-{time.time_ns()}")
             (unfinished / "dataset").rename(output)
             shutil.rmtree(unfinished)
     for s, why in progress.given_up.items():
-        where = f"episode {s.episode_id}, frame {s.frame_index}"
-        tqdm.write(f"given up: {where}: {why}", file=sys.stderr)
+        sys.stderr.write(f"given up: episode {s.episode_id}, frame {s.frame_index}: {why}\n")
     rate = (len(progress.dialogues) - known) / seconds
     print_counts(plan, results[2], output)
     print(f"""\
@@ -980,7 +982,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         logging.captureWarnings(True)
-        logging.disable(logging.WARNING)
+        logging.disable(logging.CRITICAL)
         annotate_dataset(args)
         return 0
     except (Exception, KeyboardInterrupt) as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -134,11 +135,9 @@ def test_old_format(version, own_dataset, refused):
     assert "convert_dataset_v21_to_v30" in refused(own_dataset)
 
 
-def test_annotated_already(own_dataset, refused):
-    features = json.loads((own_dataset / "meta" / "info.json").read_text())["features"]
-    new = {"task_index_high_level": {"dtype": "int64", "shape": [1], "names": None}}
-    info(own_dataset, features=features | new)
-    assert "has task_index_high_level already" in refused(own_dataset)
+def test_annotated_already(dataset, model, tmp_path, refused):
+    assert annotate(dataset, model, tmp_path / "once", "--sample-interval", "9")[0] == 0
+    assert "has task_index_high_level already" in refused(tmp_path / "once")
 
 
 @pytest.mark.parametrize(
@@ -178,6 +177,42 @@ def test_cut_off_file(name, share, own_dataset, refused):
     path = own_dataset / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert str(path) in refused(own_dataset, "--num-image-views-per-sample", 2)
+
+
+@pytest.mark.parametrize("size", [0, 300, 8000])
+def test_damaged_video_of_a_camera_that_is_not_shown(size, own_dataset, refused):
+    path = own_dataset / "videos/observation.images.wrist/chunk-000/file-000.mp4"
+    path.write_bytes(path.read_bytes()[:size])
+    assert str(path) in refused(own_dataset)
+
+
+def test_links_to_nowhere_and_pipes(own_dataset, refused):
+    for make in (lambda path: path.symlink_to("/nowhere"), os.mkfifo):
+        path = own_dataset / "videos" / "odd"
+        make(path)
+        assert f"{path}: is no file to be read" in refused(own_dataset)
+        path.unlink()
+    (own_dataset / "loop").symlink_to(own_dataset)
+    assert str(own_dataset) in refused(own_dataset)
+
+
+def test_tables_in_the_wrong_form(own_dataset, refused):
+    for name, change in (
+        ("meta/tasks.parquet", lambda frame: frame.rename(columns={"task_index": "x"})),
+        ("meta/episodes/chunk-000/file-000.parquet", lambda frame: frame.drop(columns="length")),
+        ("data/chunk-000/file-000.parquet", lambda frame: frame.assign(frame_index=None)),
+        ("data/chunk-000/file-000.parquet", lambda frame: frame.assign(timestamp="late")),
+    ):
+        whole = (own_dataset / name).read_bytes()
+        change(pd.read_parquet(own_dataset / name)).to_parquet(own_dataset / name)
+        assert str(own_dataset) in refused(own_dataset)
+        (own_dataset / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("output", ["/", "x" * 300])
+def test_paths_that_cannot_be(output, dataset):
+    code, _, err = annotate(dataset, "no-model", output)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: ")
 
 
 def test_damaged_parquet(own_dataset, refused):
@@ -309,9 +344,24 @@ def test_output_that_is_not_empty(dataset, tmp_path, refused):
 
 def test_output_in_the_source(own_dataset, refused):
     before = content(own_dataset)
-    assert "lies in the source" in refused(own_dataset, output=own_dataset)
-    assert "lies in the source" in refused(own_dataset, output=own_dataset / "meta" / "out")
+    assert "overlaps the source" in refused(own_dataset, output=own_dataset)
+    assert "overlaps the source" in refused(own_dataset, output=own_dataset / "meta" / "out")
     assert content(own_dataset) == before
+
+
+def test_folders_that_would_be_lost(own_dataset, tmp_path, refused):
+    """The source as the partial folder, or in the output; a folder of somebody's beside it."""
+    named = tmp_path / "x.partial"
+    shutil.copytree(own_dataset, named)
+    for source, output in ((named, tmp_path / "x"), (own_dataset, tmp_path)):
+        before = content(source)
+        code, _, err = annotate(source, "no-model", output, "--overwrite")
+        assert code == 2 and "overlaps the source" in err and content(source) == before
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
+    code, _, err = annotate(own_dataset, "no-model", tmp_path / "out")
+    assert code == 2 and "is no journal; move it away" in err
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
 def test_empty_output_folder_is_fine(dataset, model, tmp_path):

@@ -91,7 +91,7 @@ def test_a_second_run_is_refused(dataset, model, tmp_path):
 
 
 def read(folder, settings=SETTINGS, overwrite=False, add=None):
-    with ap.open_journal(folder, settings, overwrite) as (known, append):
+    with ap.open_journal(folder, settings, overwrite) as (known, append, _):
         if add:
             append(add)
         return dict(known)
@@ -99,7 +99,7 @@ def read(folder, settings=SETTINGS, overwrite=False, add=None):
 
 def test_journal_cut_at_every_byte_of_its_last_line(tmp_path):
     folder = tmp_path / "out.partial"
-    with ap.open_journal(folder, SETTINGS, False) as (known, append):
+    with ap.open_journal(folder, SETTINGS, False) as (known, append, _):
         for index, dialogue in DIALOGUES.items():
             append({index: dialogue})
     assert known == DIALOGUES
@@ -126,9 +126,21 @@ def test_only_a_damaged_line_is_dropped(tmp_path, junk):
     assert read(tmp_path) == DIALOGUES
 
 
-def test_an_empty_journal_leaves_nothing(tmp_path):
-    assert read(tmp_path / "a" / "out.partial") == {}
-    assert not (tmp_path / "a" / "out.partial").exists()
+def test_what_remains_of_a_journal_without_dialogues(tmp_path):
+    """Nothing if the model cannot be loaded; else how often it was tried, for another seed."""
+    folder = tmp_path / "a" / "out.partial"
+    with pytest.raises(ap.InputError), ap.open_journal(folder, SETTINGS, False):
+        raise ap.InputError("no such model")
+    assert not folder.exists()
+    for expected in range(3):
+        with ap.open_journal(folder, SETTINGS, False) as (_, _, attempts):
+            assert attempts == expected
+
+
+def test_an_interrupted_overwrite_goes_on(tmp_path):
+    read(tmp_path, add=DIALOGUES)
+    assert read(tmp_path, overwrite=True, add={3: DIALOGUES[3]}) == {3: DIALOGUES[3]}
+    assert read(tmp_path, overwrite=True) == read(tmp_path) == {3: DIALOGUES[3]}
 
 
 def test_other_settings_keep_the_journal(tmp_path):
@@ -162,19 +174,9 @@ def half_done(own_dataset, built, tmp_path):
     bad = Path(
         shutil.copytree(built("bad", make_demo.make_model, failure_rate=1.0), tmp_path / "m")
     )
-    settings = {}
-    original = ap.open_journal
-
-    @contextlib.contextmanager
-    def spy(folder, found, fresh):
-        settings.update(found)
-        with original(folder, found, fresh) as opened:
-            yield opened
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ap, "open_journal", spy)
-        assert annotate(own_dataset, bad, tmp_path / "out")[0] == 1
-    read(tmp_path / "out.partial", settings, add={0: DIALOGUES[3]})
+    assert annotate(own_dataset, bad, tmp_path / "out")[0] == 1
+    settings = json.loads((tmp_path / "out.partial/dialogues.jsonl").read_text().splitlines()[0])
+    read(tmp_path / "out.partial", settings["settings"], add={0: DIALOGUES[3]})
     return own_dataset, bad, tmp_path / "out"
 
 
