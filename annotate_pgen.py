@@ -15,7 +15,7 @@
 bring about the robot's skill, and what the robot answers (p_gen of Hi Robot, arXiv 2502.19417).
 
 A Qwen vision-language model writes them for sampled frames of a dataset with meta/skills.json. To
-change what it is asked, edit PROMPT, SCENARIO_TYPES and RESPONSE_TYPES, and see with --dry-run.
+change what it is asked, edit the tables of types and PROMPT, and look at it with --dry-run.
 
 examples:
   python annotate_pgen.py --data-dir outputs/demo/dataset --dry-run
@@ -219,9 +219,8 @@ def plan_samples(
         known, timestamps = skills[episode_index], episode["timestamp"].to_numpy()
         seconds = timestamps.astype("float64") - float(timestamps[0])
         usable = (seconds[1:] >= seconds[:-1]).all() and seconds[-1] < math.inf
-        require(
-            usable, f"episode {episode_index}: its timestamps run backwards or are not finite; fix"
-        )
+        where = f"episode {episode_index}: its timestamps in data/"
+        require(usable, f"{where} run backwards or are not finite; correct them")
         names = tuple(skill.name for skill in known.skills)
         started = sum(seconds + 0.1 / fps >= skill.start for skill in known.skills)
         ranks[episode.index] = (started - 1).clip(0)
@@ -247,7 +246,7 @@ def deal_types(samples: Iterable[Sample], seed: int) -> list[Sample]:
         skill, first = sample.skill_current, not dealt or dealt[-1].episode_id != sample.episode_id
         suitable = [s for s in SCENARIO_TYPES if not (first and s == "situated_correction")]
         scenario = draw((skill, first), suitable)
-        response = draw((skill, scenario), SUITABLE_RESPONSES[scenario])
+        response = draw((skill, scenario), SUITABLE_RESPONSES.get(scenario, list(RESPONSE_TYPES)))
         dealt.append(replace(sample, scenario_type=scenario, response_type=response))
     return dealt
 
@@ -257,12 +256,12 @@ PROMPT = """\
 You write training data for a robot that people talk to while it works.
 Task: {task}
 Done so far: {history}
-The robot's next skill: {skill}
-What the robot sees now is shown above.
+The robot's skill at this moment: {skill}
+What the robot sees is shown above.
 
 Invent what is said at this moment:
-- user_prompt: what a person says that makes the next skill the right thing to do. {scenario}
-- robot_utterance: what the robot answers before it moves. {response}
+- user_prompt: what a person says that makes this skill the right thing to do now. {scenario}
+- robot_utterance: what the robot answers. {response}
 One short everyday sentence each, true to what is seen.
 Answer in JSON: {{"user_prompt": "...", "robot_utterance": "..."}}"""
 PREFILL = '{"user_prompt": "'  # the model goes on from here: no preamble, no code fence
@@ -278,8 +277,8 @@ def construct_prompt(
         task=one_line(task) or "not described",
         history="; ".join(map(one_line, history[-HISTORY_LENGTH:])) or "nothing yet",
         skill=one_line(skill),
-        scenario=SCENARIO_TYPES.get(scenario_type, ""),
-        response=RESPONSE_TYPES.get(response_type, ""),
+        scenario=SCENARIO_TYPES[scenario_type] if scenario_type else "",
+        response=RESPONSE_TYPES[response_type] if response_type else "",
     )
 
 
@@ -326,10 +325,10 @@ class QwenPgen:
         self.temperature, self.batch_limit = temperature, sys.maxsize
         with blaming(f"--device {device}", "try --device cpu"):
             torch.empty(1, device="cpu" if device == "auto" else device).tolist()
-        wanted = f"--model {model}: no Qwen vision-language model for transformers {tf.__version__}"
-        with blaming(wanted, "check the name and the network, or use a local folder"):
+        wanted = f"--model {model}: cannot be loaded by transformers {tf.__version__}"
+        with blaming(wanted, "check the name, the network, and that it is a Qwen VL model"):
             kind = tf.AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-            require(kind.startswith("qwen"), f"{wanted}, but {kind}; name another")
+            require(kind.startswith("qwen"), f"{wanted} as Qwen, it is {kind}; name another")
             self.processor = tf.AutoProcessor.from_pretrained(model, trust_remote_code=False)
             how = {"dtype": getattr(torch, dtype), "device_map": device, "trust_remote_code": False}
             how |= {"attn_implementation": "sdpa", "use_safetensors": True}
@@ -455,7 +454,7 @@ def read_ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
 
 # ------------------------------------------------------------------------------------ annotation
 Dialogues = dict[int, dict[str, str]]  # user_prompt and robot_utterance, by index of the frame
-Results = tuple["pd.DataFrame", "np.ndarray", list[dict[str, Any]]]
+Results = tuple["pd.DataFrame", "np.ndarray", list[dict[str, Any]]]  # tasks, frames' rows, lines
 
 
 @dataclass
@@ -476,11 +475,11 @@ def annotate_sample(pgen: QwenPgen, images: Sequence[Image], sample: Sample) -> 
 
 def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Progress) -> Iterator:
     """Generate the dialogues of pairs (sample, views or None), `limit` at a time; counts them."""
-    given_up = progress.given_up  # update() returns None, so that the sample is left out
+    given_up = progress.given_up  # whose update() returns None, which leaves the sample out
     fresh, again = ((s, v, 0) for s, v in pairs if v or given_up.update({s: "broken picture"})), []
     while True:
         size = min(limit, pgen.batch_limit)
-        # a greedy batch cannot hold what was tried before, which must not be greedy again
+        # at temperature 0 a batch is all first tries, greedy, or all repeats, sampled
         room = 0 if again and not pgen.temperature else max(0, size - len(again))
         batch, again = again[:size] + list(islice(fresh, room)), again[size:]
         if not batch:
@@ -508,7 +507,7 @@ def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple]:
     path, lock, known = folder / "dialogues.jsonl", FileLock(folder / "lock", timeout=0), {}
     foreign = {file.name for file in folder.glob("*")} - {"lock"}
     require(not foreign or path.name in foreign, f"{folder}: is no journal; move it away")
-    with blaming(f"{folder}: cannot be had alone", "wait for the other run or take another folder"):
+    with blaming(f"{folder}: cannot be locked", "wait for the other run or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     with path.open("a+b", buffering=0) as journal:
@@ -547,7 +546,7 @@ def compare_settings(path: Path, found: dict[str, Any], settings: dict[str, Any]
     """Raises InputError that names the first setting that `found`, read from `path`, has not."""
     for name, value in settings.items():
         was = f"{path}: made with {name} = {found.get(name)!r}, but this run has {value!r}"
-        require(found.get(name) == value, f"{was}; undo that, change --output-dir or --overwrite")
+        require(found.get(name) == value, f"{was}; undo it, change --output-dir or add --overwrite")
 
 
 def json_line(entry: dict[str, Any]) -> str:
@@ -569,7 +568,7 @@ def find_dataset(repo_id: str | None, data_dir: Path | None) -> Path:
     local, hub = HF_LEROBOT_HOME / repo_id, HF_LEROBOT_HOME / "hub"
     if (local / "meta" / "skills.json").is_file():
         return local
-    problem = blaming(f"--repo-id {repo_id}: not to be had", "check the name, network and login")
+    problem = blaming(f"--repo-id {repo_id}: no download", "check name, network and login")
     with suppress(Exception) if (local / "meta" / "info.json").is_file() else problem:
         what = {"repo_type": "dataset", "revision": get_safe_version(repo_id, "v3.0")}
         return Path(snapshot_download(repo_id, cache_dir=hub, **what))
@@ -696,7 +695,8 @@ def generate_synthetic_data(
 
 
 def tabulate(plan: Plan, progress: Progress) -> Results:
-    """The results of generate_synthetic_data from the dialogues that are there."""
+    """The results of generate_synthetic_data from the dialogues there are. Here each frame gets its
+    row: from a sample to the next, that of the dialogue which assign_dialogues has chosen."""
     import pandas as pd
 
     samples, dialogues = plan.samples, progress.dialogues
@@ -727,23 +727,22 @@ def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list
     def purpose(i: int) -> tuple[str, str]:
         return samples[i].skill_current, samples[i].task_description
 
-    lenders, carried, hopeless, own = {}, [], [], set(answered)
+    lenders, carried, own = {}, [], set(answered)
     for i in answered:
         lenders.setdefault(purpose(i), []).append(i)
-    for episode, group in groupby(range(len(samples)), lambda i: samples[i].episode_id):
+    for _, group in groupby(range(len(samples)), lambda i: samples[i].episode_id):
         positions = list(group)
         source = {i: i for i in positions if i in own}
         if not source:
             fitting = {i: lenders.get(purpose(i)) for i in positions}
             source = {i: found[i % len(found)] for i, found in fitting.items() if found}
-        for i in positions if source else hopeless.append(episode) or ():
+        for i in positions:
             near = [i] if i in source else source
-            rank = [(j > i, j < i and purpose(j) != purpose(i), abs(j - i), j) for j in near]
-            nearest = min(rank)[-1]
-            carried.append(source[nearest])
-    if hopeless:
-        problem = f"no valid dialogue for episode {hopeless}, nor elsewhere for its skills and task"
-        raise RunError(f"{problem}; run again to ask again, or --overwrite with another --model")
+            order = [(j > i, j < i and purpose(j) != purpose(i), abs(j - i), j) for j in near]
+            carried.append(source[min(order)[-1]] if order else -1)
+    hopeless = sorted({s.episode_id for s, c in zip(samples, carried, strict=True) if c < 0})
+    problem = f"no valid dialogue for episode {hopeless}, nor elsewhere for its skills and task"
+    require(not hopeless, f"{problem}; run again, or --overwrite with another --model", RunError)
     return carried
 
 
@@ -770,7 +769,7 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
         old, new = root / file, target / file
         with blaming(f"{new}: cannot be written", "see to the disk and run again", RunError):
             new.parent.mkdir(parents=True, exist_ok=True)
-            if old in data:
+            if old in data:  # in the order of read_frames
                 task_indices = task_indices[add_column(old, new, task_indices) :]
             elif file == Path("meta", "info.json"):
                 info = read_json(old)
@@ -852,7 +851,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", "samples at once; halved when GPU memory runs out", 16, type=int)
     add("--seed", "of all random choices", 0, type=int)
     add = group("output")
-    add("--output-dir", f"folder of the new dataset; None: the source's name{SUFFIX}", type=Path)
+    add("--output-dir", f"folder of the new dataset, else <source>{SUFFIX}", type=Path)
     add("--overwrite", "discard what an earlier run left at the output", **switch)
     add("--push-to-hub", f"not built yet: push the result to <repo-id>{SUFFIX}", **switch)
     add("--dry-run", "print the plan and a prompt; load no model, write nothing", **switch)
@@ -900,11 +899,11 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         tables += sorted((root / "meta" / "episodes").glob("*/*.parquet"))
         state = [hashlib.sha256(table.read_bytes()).hexdigest() for table in tables], sizes
     if args.dry_run:
-        example = plan.samples[len(plan.samples) // 2]
         print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
         print_counts(plan, map(vars, plan.samples), output)
-        print(f"\nprompt for episode {example.episode_id}, frame {example.frame_index}:\n")
-        print(f"{example.prompt}\n\nThe answer begins with: {PREFILL}")
+        for s in {sample.scenario_type: sample for sample in reversed(plan.samples)}.values():
+            print(f"\nprompt for episode {s.episode_id}, frame {s.frame_index}:\n\n{s.prompt}")
+        print(f"\nThe answer begins with: {PREFILL}")
         return
     prompt = (PROMPT, PREFILL, SCENARIO_TYPES, RESPONSE_TYPES, SUITABLE_RESPONSES, HISTORY_LENGTH)
     names = ("model", "sample_interval", "temperature", "seed")

@@ -262,7 +262,7 @@ def test_timestamps_that_run_backwards(own_dataset, refused):
 
 def test_no_network(refused):
     line = run_line("--repo-id", "somebody/nothing", "--device", "cpu")
-    assert line.startswith("error: --repo-id somebody/nothing: not to be had")
+    assert line.startswith("error: --repo-id somebody/nothing: no download")
 
 
 # ---------------------------------------------------------------- flags

@@ -243,7 +243,7 @@ def test_good_answers():
         {"user_prompt": "<|im_end|>take it"},
         {"user_prompt": '{"user_prompt": "Take it."}'},
         {"user_prompt": "The person names the object or the action plainly."},
-        {"user_prompt": "what a person says that makes the next skill the right thing to do."},
+        {"user_prompt": "what a person says that makes this skill the right thing to do now."},
         {"robot_utterance": ""},
         {"robot_utterance": "robot_utterance"},
     ],

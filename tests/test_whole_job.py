@@ -244,7 +244,8 @@ def test_dry_run(dataset, tmp_path):
     assert (code, err) == (0, "")
     assert "samples        12" in out and "episodes       3" in out
     assert "observation.images.front, observation.images.wrist" in out
-    assert "Answer in JSON" in out and "specific_object" in out and "clarification" in out
+    assert out.count("Answer in JSON") == 5, "a prompt for each scenario type"
+    assert "specific_object" in out and "clarification" in out
     assert not list(tmp_path.iterdir())
 
 
