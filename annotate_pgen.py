@@ -937,7 +937,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         write_dataset(root, unfinished / "dataset", results, settings)
         with blaming(f"{output}: cannot be renamed into", "see to it and run again", RunError):
             os.sync()
-            if output.exists():
+            if occupied and output.exists():  # else it is empty, or not ours to replace
                 output.rename(unfinished / f"replaced-{time.time_ns()}")
             (unfinished / "dataset").rename(output)
             shutil.rmtree(unfinished)

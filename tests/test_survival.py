@@ -374,3 +374,20 @@ def test_no_token_is_ever_printed(dataset, model, tmp_path, monkeypatch):
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"secretsecret" not in path.read_bytes()
     assert os.environ["HF_TOKEN"]
+
+
+def test_a_folder_that_appears_during_the_run_is_not_replaced(
+    dataset, model, tmp_path, monkeypatch
+):
+    output, write = tmp_path / "out", ap.write_dataset
+
+    def write_and_be_overtaken(*args):
+        write(*args)
+        output.mkdir()
+        (output / "thesis.tex").write_text("years of work")
+
+    monkeypatch.setattr(ap, "write_dataset", write_and_be_overtaken)
+    code, _, err = annotate(dataset, model, output)
+    assert code == 1 and f"{output}: cannot be renamed into" in err.splitlines()[-1]
+    assert (output / "thesis.tex").read_text() == "years of work"
+    assert len(survival.journal_lines(output)) == 12
