@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -38,26 +39,42 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import uuid
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help takes 0.1 s
-    import numpy as np
-    import pandas as pd
-    from PIL.Image import Image
+
+class Lazy:
+    """A library that is imported when it is first used: with all of them --help takes 10 s."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self.name), attribute)
+
+
+av, np, pa, pd, pq = map(Lazy, ("av", "numpy", "pyarrow", "pandas", "pyarrow.parquet"))
+tf, torch, vl_utils = map(Lazy, ("transformers", "torch", "qwen_vl_utils"))
+hub, hub_errors = Lazy("huggingface_hub"), Lazy("huggingface_hub.errors")
+Image, lerobot_home = Lazy("PIL.Image"), Lazy("lerobot.utils.constants")
+lerobot_dataset, lerobot = Lazy("lerobot.datasets.lerobot_dataset"), Lazy("lerobot.datasets.utils")
 
 COLUMN, SUFFIX = "task_index_high_level", "_with_high_level_tasks"
+RECORD = Path("meta", "annotate_pgen.json")  # of the settings that a dataset was made with
 
 
 class InputError(Exception):
@@ -318,9 +335,6 @@ class QwenPgen:
     def __init__(
         self, model: str, device: str = "cuda", dtype: str = "bfloat16", temperature: float = 0.7
     ):
-        import torch
-        import transformers as tf
-
         tf.utils.logging.disable_progress_bar()
         self.temperature, self.batch_limit = temperature, sys.maxsize
         with blaming(f"--device {device}", "try --device cpu"):
@@ -337,7 +351,6 @@ class QwenPgen:
             lacking = sorted(loading["missing_keys"])[:3]
             require(not lacking, f"{wanted}: its files lack the weights {lacking}; restore them")
         tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
         # A skill's name must not end a turn or call for a picture: such tokens are broken up.
         markers = [token for token in tokenizer.get_added_vocab() if re.fullmatch("<.+>", token)]
         self.markers = re.compile("|".join(map(re.escape, markers)) or "(?!)")
@@ -346,7 +359,7 @@ class QwenPgen:
         ours = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
         self.model.generation_config = tf.GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **ours)
 
-    def call_qwen(self, images: Sequence[Image], prompt: str) -> dict[str, str]:
+    def call_qwen(self, images: Sequence[Image.Image], prompt: str) -> dict[str, str]:
         """A valid dialogue (user_prompt, robot_utterance) about RGB images. Raises RunError."""
         answers = (self.call_qwen_batch([images], [prompt], n)[0] for n in range(MAX_TRIES))
         if dialogue := next(filter(None, answers), None):
@@ -354,53 +367,65 @@ class QwenPgen:
         raise RunError(f"none of {MAX_TRIES} answers of the model was a valid dialogue")
 
     def call_qwen_batch(
-        self, images: Sequence[Sequence[Image]], prompts: Sequence[str], tries: int = 0
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], tries: int = 0
     ) -> list[dict[str, str] | None]:
-        """One answer to each prompt about its images, after `tries` earlier ones; None: invalid.
-        Out of GPU memory, batches are halved from here on; at one, RunError is raised."""
-        import torch
+        """One answer to each prompt about its images, after `tries` earlier ones; None: invalid."""
+        return self.answer(
+            [self.prepare(*pair) for pair in zip(images, prompts, strict=True)], tries
+        )
 
+    def prepare(self, images: Sequence[Image.Image], prompt: str) -> dict[str, torch.Tensor]:
+        """What the model is given for one sample, on the CPU: tokens (1, length) and pixels."""
+        patch = self.processor.image_processor.patch_size
+        shown = [{"type": "image", "image": view, "max_pixels": MAX_PIXELS} for view in images]
+        asked = self.markers.sub(lambda marker: "< " + marker[0][1:], prompt)
+        turns = [
+            {"role": "user", "content": [*shown, {"type": "text", "text": asked}]},
+            {"role": "assistant", "content": [{"type": "text", "text": PREFILL}]},
+        ]
+        template = self.processor.apply_chat_template
+        text = template(turns, tokenize=False, continue_final_message=True)
+        pictures = vl_utils.process_vision_info(turns, image_patch_size=patch)[0]
+        how = {"do_resize": False, "return_tensors": "pt"}
+        return dict(self.processor(text=[text], images=pictures, **how))
+
+    def answer(self, batch: Sequence[dict], tries: int = 0) -> list[dict[str, str] | None]:
+        """One answer to each prepared sample, after `tries` earlier ones; None: invalid. Out of GPU
+        memory, batches are halved from here on; at one, RunError is raised."""
         sampling, tokens = {"do_sample": False}, None
         if temperature := self.temperature or (tries and 0.7):  # greedy would only repeat itself
             temperature = max(temperature, 0.01)  # logits over less overflow
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with suppress(torch.OutOfMemoryError), torch.inference_mode():
-            inputs = self.prepare(images, prompts).to(self.model.device)
+            inputs = self.collate(batch)
             tokens = self.model.generate(**inputs, **sampling)
         if tokens is None:  # and what failed no longer holds its memory
             torch.cuda.empty_cache()
-            half = self.batch_limit = len(prompts) // 2
+            half = self.batch_limit = len(batch) // 2
             require(half, "out of GPU memory; use fewer views or a smaller --model", RunError)
-            first = self.call_qwen_batch(images[:half], prompts[:half], tries)
-            return first + self.call_qwen_batch(images[half:], prompts[half:], tries)
+            return self.answer(batch[:half], tries) + self.answer(batch[half:], tries)
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [parse_answer(PREFILL + answer) for answer in answers]
 
-    def prepare(self, images: Sequence[Sequence[Image]], prompts: Sequence[str]) -> Any:
-        """The model's inputs for a batch, on the CPU, padded on the left."""
-        from qwen_vl_utils import process_vision_info
-
-        texts, pictures, patch = [], [], self.processor.image_processor.patch_size
-        for views, prompt in zip(images, prompts, strict=True):
-            shown = [{"type": "image", "image": v, "max_pixels": MAX_PIXELS} for v in views]
-            text = self.markers.sub(lambda marker: "< " + marker[0][1:], prompt)
-            turns = [
-                {"role": "user", "content": [*shown, {"type": "text", "text": text}]},
-                {"role": "assistant", "content": [{"type": "text", "text": PREFILL}]},
-            ]
-            template = self.processor.apply_chat_template
-            texts.append(template(turns, tokenize=False, continue_final_message=True))
-            pictures.append(process_vision_info(turns, image_patch_size=patch)[0])
-        how = {"padding": True, "do_resize": False, "return_tensors": "pt"}
-        return self.processor(text=texts, images=pictures, **how)
+    def collate(self, batch: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Prepared samples as one batch on the model's device, tokens padded on the left."""
+        rows, padding = {name: [sample[name] for sample in batch] for name in batch[0]}, {}
+        width = max(ids.shape[1] for ids in rows["input_ids"])
+        for name, value in batch[0].items():
+            if value.shape == batch[0]["input_ids"].shape:  # one number a token
+                padding[name] = (
+                    self.model.generation_config.pad_token_id if name == "input_ids" else 0
+                )
+        pad = torch.nn.functional.pad
+        for name, value in padding.items():
+            rows[name] = [pad(row, (width - row.shape[1], 0), value=value) for row in rows[name]]
+        return {name: torch.cat(parts).to(self.model.device) for name, parts in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------- frames
 def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple]:
     """Each sample's (video, seconds in it, as in LeRobotDataset) or (parquet, row group, row)."""
-    import pyarrow.parquet as pq
-
     if key in meta.video_keys:
         videos = episode_files(meta, f"videos/{key}")
         starts = episode_table(meta)[f"videos/{key}/from_timestamp"].to_dict()
@@ -413,31 +438,62 @@ def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple
     return [(*groups[g], s.index - firsts[g]) for s, g in zip(samples, holding, strict=True)]
 
 
-def read_picture(meta: Any, place: tuple, key: str) -> Image | None:
-    """A camera's RGB picture at a place, a video's nearest frame within half a frame; None if it
-    cannot be decoded. Not with torchcodec, LeRobot's default: it fails where FFmpeg is missing."""
-    import pyarrow.parquet as pq
-    from lerobot.datasets.video_utils import decode_video_frames
-    from PIL import Image
+def read_pictures(meta: Any, places: Iterable[tuple], key: str) -> Iterator[Image.Image | None]:
+    """A camera's RGB picture at each place; None where it cannot be decoded."""
+    opened, look = None, None
+    for path, *where in places:
+        for _ in range(2):  # a network drive may fail for a moment
+            picture = None
+            try:
+                if path != opened:
+                    video = key in meta.video_keys
+                    look = (
+                        open_video(path, 0.5 / meta.fps + 1e-4) if video else open_table(path, key)
+                    )
+                opened, picture = path, look(*where)
+                break
+            except Exception:  # every decoder has errors of its own
+                opened = None
+        yield picture
 
-    for _ in range(2):
-        try:
-            if key in meta.video_keys:
-                pixels = decode_video_frames(*place[:1], place[1:], 0.5 / meta.fps + 1e-4, "pyav")
-                return Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy())
-            group = pq.ParquetFile(place[0]).read_row_group(place[1], columns=[key])
-            content = group[key][place[2]].as_py()["bytes"]
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except Exception:  # every decoder has errors of its own
-            time.sleep(0.1)
-    return None
+
+def open_video(path: Path, tolerance: float) -> Callable[[float], Image.Image]:
+    """A function that gives a video's RGB picture within `tolerance` of a time, both in seconds. It
+    decodes on from the last one, and seeks only if that takes fewer frames. Raises anything."""
+    container, frames, frame, reach = av.open(str(path)), iter(()), None, 0.0
+    stream = container.streams.video[0]
+
+    def look(seconds: float) -> Image.Image:
+        nonlocal frames, frame, reach
+        if frame is None or not -tolerance <= seconds - frame.time <= reach:
+            container.seek(max(0, int(seconds / stream.time_base)), stream=stream)
+            frames = container.decode(stream)
+            frame = next(frames)
+            reach = max(reach, seconds - frame.time)  # what a seek has to decode at most, so far
+        while frame.time < seconds - tolerance:
+            frame = next(frames)
+        require(frame.time <= seconds + tolerance, "no frame there", ValueError)
+        return frame.to_image()
+
+    return look
+
+
+def open_table(path: Path, key: str) -> Callable[[int, int], Image.Image]:
+    """A function that gives the RGB picture in a row of a row group. Raises anything."""
+    parquet = pq.ParquetFile(path)
+    read_group = lru_cache(1)(lambda group: parquet.read_row_group(group, [key])[key])
+
+    def look(group: int, row: int) -> Image.Image:
+        return Image.open(io.BytesIO(read_group(group)[row].as_py()["bytes"])).convert("RGB")
+
+    return look
 
 
 def read_samples(meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]) -> Iterator:
     """Each sample's views, one per camera key; None where one cannot be decoded."""
-    for places in zip(*(picture_places(meta, samples, key) for key in camera_keys), strict=True):
-        views = [read_picture(meta, p, key) for p, key in zip(places, camera_keys, strict=True)]
-        yield None if any(view is None for view in views) else views
+    views = (read_pictures(meta, picture_places(meta, samples, k), k) for k in camera_keys)
+    for shown in zip(*views, strict=True):
+        yield None if any(view is None for view in shown) else shown
 
 
 def read_ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
@@ -462,21 +518,32 @@ class Progress:
     """What has become of the samples so far."""
 
     dialogues: Dialogues = field(default_factory=dict)
-    given_up: dict[Sample, str] = field(default_factory=dict)  # and why
+    given_up: dict[str, str] = field(default_factory=dict)  # why, by episode and frame
     asked_again: int = 0
     late_share: float = 0.0  # of frames that carry the dialogue of an earlier skill than their own
     save: Callable[[Dialogues], None] = lambda finished: None  # gets the dialogues of each batch
+    count: Callable[[Dialogues], int] = len  # of the finished ones, other ranks' included
+    bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
+
+    def show(self, **state: int) -> None:
+        """Bring the progress bar up to date."""
+        self.bar.set_postfix(state, refresh=False)
+        self.bar.update(self.count(self.dialogues) - self.bar.n)
 
 
-def annotate_sample(pgen: QwenPgen, images: Sequence[Image], sample: Sample) -> dict[str, Any]:
+def annotate_sample(pgen: QwenPgen, images: Sequence[Image.Image], sample: Sample) -> dict:
     """Generate a sample's line of syn_annotations.jsonl from its RGB views, or raise RunError."""
     return sample.annotated(pgen.call_qwen(images, sample.prompt))
 
 
-def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Progress) -> Iterator:
-    """Generate the dialogues of pairs (sample, views or None), `limit` at a time; counts them."""
-    given_up = progress.given_up  # whose update() returns None, which leaves the sample out
-    fresh, again = ((s, v, 0) for s, v in pairs if v or given_up.update({s: "broken picture"})), []
+def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Progress) -> None:
+    """Generate the dialogues of pairs (sample, what prepare() made of it or None), `limit` at once;
+    those without a valid answer are asked again."""
+
+    def give_up(sample: Sample, why: str) -> None:
+        progress.given_up[f"episode {sample.episode_id}, frame {sample.frame_index}"] = why
+
+    fresh, again = ((s, p, 0) for s, p in pairs if p or give_up(s, "broken picture")), []
     while True:
         size = min(limit, pgen.batch_limit)
         # at temperature 0 a batch is all first tries, greedy, or all repeats, sampled
@@ -484,62 +551,45 @@ def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Prog
         batch, again = again[:size] + list(islice(fresh, room)), again[size:]
         if not batch:
             return
-        views, prompts = [v for _, v, _ in batch], [sample.prompt for sample, _, _ in batch]
-        answers, finished = pgen.call_qwen_batch(views, prompts, tries=batch[0][2]), {}
-        for (sample, views, tries), answer in zip(batch, answers, strict=True):
+        answers = pgen.answer([prepared for _, prepared, _ in batch], tries=batch[0][2])
+        finished = {}
+        for (sample, prepared, tries), answer in zip(batch, answers, strict=True):
             if answer:
                 finished[sample.index] = answer
             elif tries + 1 < MAX_TRIES:
-                again.append((sample, views, tries + 1))
+                again.append((sample, prepared, tries + 1))
                 progress.asked_again += 1
             else:
-                given_up[sample] = f"none of {MAX_TRIES} answers was valid"
-        progress.dialogues |= finished
+                give_up(sample, f"none of {MAX_TRIES} answers was valid")
         progress.save(finished)
-        yield len(finished)
+        progress.dialogues |= finished
+        progress.show(batch=min(limit, pgen.batch_limit), again=progress.asked_again)
+
+
+def read_journals(folder: Path) -> Dialogues:
+    """The dialogues in a run's journals, but for lines torn by a crash."""
+    dialogues = {}
+    for journal in sorted(folder.glob("dialogues-*.jsonl")):
+        for line in journal.read_bytes().split(b"\n"):
+            with suppress(ValueError, KeyError, TypeError):
+                if dialogue := parse_answer(line.decode()):
+                    dialogues.setdefault(json.loads(line)["index"], dialogue)
+    return dialogues
 
 
 @contextmanager
-def open_journal(folder: Path, settings: dict, fresh: bool) -> Iterator[tuple]:
-    """The dialogues in a journal (but for a line torn by a crash), a function that puts more on the
-    disk, and how often it was opened before. Raises InputError if another run has it, or if it has
-    other settings and is not to be `fresh`."""
-    path, lock, known = folder / "dialogues.jsonl", FileLock(folder / "lock", timeout=0), {}
-    foreign = {file.name for file in folder.glob("*")} - {"lock"}
-    require(not foreign or path.name in foreign, f"{folder}: is no journal; move it away")
-    with blaming(f"{folder}: cannot be locked", "wait for the other run or name another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    with path.open("a+b", buffering=0) as journal:
+def open_journal(path: Path) -> Iterator[Callable[[Dialogues], None]]:
+    """A function that puts dialogues on the disk, a line each. Raises RunError."""
+    with path.open("ab", buffering=0) as journal:
 
-        def append(dialogues: Dialogues, header: str = "") -> None:
+        def save(dialogues: Dialogues) -> None:
             lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
             with blaming(f"{path}: cannot be written", "see to the disk and run again", RunError):
-                written = (header + "".join(lines)).encode()
+                written = ("\n" + "".join(lines)).encode()  # a crash may have torn the last line
                 require(journal.write(written) == len(written), "the disk is full", OSError)
                 os.fsync(journal.fileno())
-            known.update(dialogues)
 
-        header = json_line({"settings": settings, "overwrite": fresh})
-        if fresh and not path.read_bytes().startswith(header.encode()):
-            journal.truncate(0)  # but an interrupted --overwrite goes on, as any run
-        content = path.read_bytes()
-        try:
-            for line in content.split(b"\n"):
-                with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
-                    if "settings" in entry:
-                        compare_settings(path, entry["settings"], settings)
-                    elif dialogue := parse_answer(json.dumps(entry)):
-                        known.setdefault(entry["index"], dialogue)
-            append({}, "\n" * (content[-1:] not in b"\n") + header)
-            yield known, append, content.count(b'{"settings"')
-        except InputError:  # of other settings, or of a model that cannot be loaded
-            if not content:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            lock.release()
+        yield save
 
 
 def compare_settings(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -555,24 +605,159 @@ def json_line(entry: dict[str, Any]) -> str:
     return CONTROL.sub(lambda c: f"\\u{ord(c[0]):04x}", text) + "\n"
 
 
+# ----------------------------------------------------------------------------------------- ranks
+SILENCE = 600.0  # seconds without a sign of life after which a rank is taken for dead
+
+
+def launched() -> tuple[int, int, int]:
+    """This process' rank, the number of ranks, and its rank on this machine: from torchrun, else
+    from srun, whose variables count only inside a step; (0, 1, 0) on its own."""
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
+    ):
+        if all(name in os.environ for name in names):
+            rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
+            return rank, world, local_rank
+    return 0, 1, 0
+
+
+def share(items: Sequence[Any], rank: int, world: int) -> Sequence[Any]:
+    """A rank's share of the items, a stretch of them: ranks do not read the same files."""
+    return items[len(items) * rank // world : len(items) * (rank + 1) // world]
+
+
+@contextmanager
+def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -> Iterator[tuple]:
+    """As rank 0: lock a run's folder, take over the dialogues in its journals, and deal the other
+    samples to the ranks in equal parts, once all are there. Yields run.json's content and the
+    dialogues. Raises InputError if another run is at it, or had other settings and is not to be
+    discarded for a `fresh` one; RunError that names ranks that do not come."""
+    record, lock, present = folder / "run.json", FileLock(folder / "lock", timeout=0), {0: "rank-0"}
+    found = {path.name for path in folder.glob("[!.]*") if not path.name.startswith("rank-")}
+    ours = not found - {"lock"} or record.name in found
+    require(ours, f"{folder}: is no journal; move it away")
+    with blaming(f"{folder}: cannot be locked", "wait for the other run or name another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        run = read_json(record) if record.is_file() else {}
+        if fresh and (run.get("settings"), run.get("overwrite")) != (settings, True):
+            for path in folder.glob("*.json*"):  # but an interrupted --overwrite goes on
+                path.unlink()
+            run = {}
+        compare_settings(record, run.get("settings", settings), settings)
+        for stale in folder.glob("rank-*"):  # a rank that waits makes its own again
+            stale.unlink(missing_ok=True)
+        world, patience = launched()[1], time.monotonic() + SILENCE
+        while lacking := sorted(set(range(world)) - set(present)):
+            problem = f"rank {lacking}: not there after {SILENCE:.0f} s; run the same command again"
+            require(time.monotonic() < patience, problem, RunError)
+            time.sleep(0.1)
+            present |= {int(path.name.split("-")[1]): path.name for path in folder.glob("rank-*-*")}
+        known = read_journals(folder)
+        todo = [sample.index for sample in samples if sample.index not in known]
+        parts = {name: share(todo, rank, world) for rank, name in present.items()}
+        run = {"settings": settings, "overwrite": fresh, "launches": run.get("launches", 0) + 1}
+        with blaming(f"{record}: cannot be written", "see to the disk and run again", RunError):
+            write_json(record, run | {"parts": parts})
+        yield run | {"parts": parts, "part": "rank-0"}, known
+    except InputError:  # of other settings, or of a model that cannot be loaded
+        if not read_journals(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+@contextmanager
+def follow(folder: Path, progress: Progress) -> Iterator[dict[str, Any]]:
+    """As another rank: wait until rank 0 has dealt, and yield run.json's content. Until the end, a
+    thread touches a status file as a sign of life, which then gets the report. Raises RunError."""
+    name, ended = f"rank-{launched()[0]}-{uuid.uuid4().hex}", threading.Event()
+
+    def show_life() -> None:
+        while not ended.wait(0.5):
+            with suppress(OSError):
+                (folder / name).touch()
+
+    run, patience = {"parts": {}}, time.monotonic() + SILENCE
+    thread = threading.Thread(target=show_life, daemon=True)
+    thread.start()
+    try:
+        while name not in run.get("parts"):  # else it is of an earlier launch
+            problem = f"rank 0 has not begun within {SILENCE:.0f} s; run the same command again"
+            require(time.monotonic() < patience, problem, RunError)
+            time.sleep(0.2)
+            with suppress(OSError, ValueError):
+                run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        yield run | {"part": name}
+    finally:
+        ended.set()
+        thread.join()
+    write_json(folder / name, {"given_up": progress.given_up, "again": progress.asked_again})
+
+
+def wait_for_ranks(statuses: Sequence[Path], progress: Progress) -> None:
+    """Wait for the other ranks and add their reports to `progress`. Raises RunError that names
+    those who are silent for too long."""
+    seen = {status: (0.0, time.monotonic()) for status in statuses}
+    while True:
+        reports = []
+        for status, (touched, _) in seen.items():
+            with suppress(OSError, ValueError):
+                if status.stat().st_mtime != touched:
+                    seen[status] = status.stat().st_mtime, time.monotonic()
+                reports.append(json.loads(status.read_text(encoding="utf-8")))
+        progress.show()
+        if len(reports) == len(statuses):
+            break
+        silent = [s.name.split("-")[1] for s in statuses if time.monotonic() - seen[s][1] > SILENCE]
+        problem = f"rank {', '.join(silent)}: no sign of life for {SILENCE:.0f} s"
+        require(not silent, f"{problem}; the same command goes on from here", RunError)
+        time.sleep(0.5)
+    for report in reports:
+        progress.given_up |= report["given_up"]
+        progress.asked_again += report["again"]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file at once, so that no other rank, and no crash, sees half of it."""
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
 # --------------------------------------------------------------------------------------- dataset
-def find_dataset(repo_id: str | None, data_dir: Path | None) -> Path:
-    """The folder: `data_dir`, LeRobot's local copy of `repo_id`, or a download to its cache."""
+def find_dataset(repo_id: str | None, data_dir: Path | None, revision: str | None = None) -> Path:
+    """The folder: `data_dir`, LeRobot's local copy of `repo_id`, or a download to its cache, of the
+    `revision`, else of LeRobot's version, or of main if only that has skills. Raises InputError."""
     if data_dir:
         require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder; check the path")
-        return data_dir.resolve()
-    from huggingface_hub import snapshot_download
-    from lerobot.datasets.utils import get_safe_version
-    from lerobot.utils.constants import HF_LEROBOT_HOME
-
-    local, hub = HF_LEROBOT_HOME / repo_id, HF_LEROBOT_HOME / "hub"
-    if (local / "meta" / "skills.json").is_file():
+        return data_dir
+    home, skills = lerobot_home.HF_LEROBOT_HOME, Path("meta", "skills.json")
+    local, what = home / repo_id, {"repo_type": "dataset", "cache_dir": home / "hub"}
+    has_copy = not revision and (local / "meta" / "info.json").is_file()
+    if has_copy and (local / skills).is_file():
         return local
     problem = blaming(f"--repo-id {repo_id}: no download", "check name, network and login")
-    with suppress(Exception) if (local / "meta" / "info.json").is_file() else problem:
-        what = {"repo_type": "dataset", "revision": get_safe_version(repo_id, "v3.0")}
-        return Path(snapshot_download(repo_id, cache_dir=hub, **what))
-    return local  # recorded here and never uploaded
+    with suppress(Exception) if has_copy else problem:  # recorded here, it need not be on the Hub
+        for version in [revision] if revision else ["v3.0", "main"]:
+            with suppress(hub_errors.RevisionNotFoundError):
+                wanted = {"revision": version} | what
+                meta = Path(hub.snapshot_download(repo_id, allow_patterns="meta/*", **wanted))
+                if (meta / skills).is_file():
+                    if not has_copy:
+                        return Path(hub.snapshot_download(repo_id, **wanted))
+                    shutil.copyfile(meta / skills, local / skills)  # LeRobot's copy is older
+                    return local
+        at = f" at --revision {revision}; correct it or" if revision else ";"
+        raise InputError(f"--repo-id {repo_id}: has no {skills}{at} run annotate.py first")
+    return local
 
 
 def open_dataset(root: Path, repo_id: str | None = None) -> Any:
@@ -585,10 +770,8 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
     tables = sorted(tables.glob("*/*.parquet")) or [tables]
     for table in (root / "meta" / "tasks.parquet", *tables):
         read_parquet(table, [])
-    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
-
     with blaming(f"{info}: LeRobot cannot open the dataset", "repair its meta folder"):
-        meta = LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
+        meta = lerobot_dataset.LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
         require(meta.fps > 0, f"{info}: fps is {meta.fps}; correct it")
         needed = needed_files(meta)
     require(needed, f"{root}: has no episodes; record some first")
@@ -619,9 +802,6 @@ def needed_files(meta: Any) -> list[Path]:
 
 def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Columns of a parquet file, all of which is decoded but pictures, to find damage in time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with blaming(f"{path}: cannot be read", "restore the file"), pq.ParquetFile(path) as parquet:
         names = [f.name for f in parquet.schema_arrow if not pa.types.is_struct(f.type)]
         require(COLUMN not in names, f"{path}: has {COLUMN} already; annotate its source")
@@ -631,8 +811,6 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def read_frames(meta: Any) -> pd.DataFrame:
     """The frames for plan_samples, checked against the episode table. Raises InputError."""
-    import pandas as pd
-
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
     files = sorted(meta.root.glob("data/*/*.parquet"))  # LeRobot concatenates them in this order
     frames = pd.concat([read_parquet(path, names) for path in files], ignore_index=True)
@@ -672,9 +850,11 @@ def make_plan(
     frames = read_frames(meta)
     samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
     for key in dict.fromkeys([*cameras, *meta.video_keys]):  # a file that is cut off still opens
-        for path, group in groupby(sorted(picture_places(meta, samples, key)), lambda p: p[0]):
-            problem = f"{path}: the last picture needed of {key} cannot be decoded"
-            require(read_picture(meta, max(group), key), f"{problem}; restore the file")
+        places = sorted(picture_places(meta, samples, key))
+        last = [max(group) for _, group in groupby(places, lambda place: place[0])]
+        for place, picture in zip(last, read_pictures(meta, last, key), strict=True):
+            problem = f"{place[0]}: the last picture needed of {key} cannot be decoded"
+            require(picture, f"{problem}; restore the file")
     return Plan(samples, ranks, cameras)
 
 
@@ -685,20 +865,25 @@ def generate_synthetic_data(
     each frame's row in it (int64 (frames,)), and syn_annotations.jsonl's lines, or RunError."""
     meta, progress = getattr(dataset, "meta", dataset), progress or Progress()
     todo = [sample for sample in plan.samples if sample.index not in progress.dialogues]
-    bar = tqdm(total=len(plan.samples), initial=len(plan.samples) - len(todo), unit="sample")
-    pairs = zip(todo, read_samples(meta, todo, plan.camera_keys), strict=True)
-    with closing(read_ahead(pairs, 2 * min(batch_size, len(todo)))) as pairs, bar:
-        for number in annotate_samples(pgen, pairs, batch_size, progress) if todo else ():
-            bar.set_postfix(batch=min(batch_size, pgen.batch_limit), again=progress.asked_again)
-            bar.update(number)
+    with tqdm(total=len(plan.samples), unit="sample") as progress.bar:
+        generate_dialogues(meta, pgen, plan.camera_keys, todo, batch_size, progress)
     return tabulate(plan, progress)
+
+
+def generate_dialogues(
+    meta: Any, pgen: QwenPgen, keys: list[str], todo: list, limit: int, progress: Progress
+) -> None:
+    """Generate the dialogues of the samples `todo`, `limit` at a time, from the cameras `keys`.
+    While the model is at work, a thread decodes and prepares the next two batches."""
+    seen = zip(todo, read_samples(meta, todo, keys), strict=True)
+    pairs = ((sample, views and pgen.prepare(views, sample.prompt)) for sample, views in seen)
+    with closing(read_ahead(pairs, 2 * min(limit, len(todo)))) as ready:
+        annotate_samples(pgen, ready, limit, progress)
 
 
 def tabulate(plan: Plan, progress: Progress) -> Results:
     """The results of generate_synthetic_data from the dialogues there are. Here each frame gets its
     row: from a sample to the next, that of the dialogue which assign_dialogues has chosen."""
-    import pandas as pd
-
     samples, dialogues = plan.samples, progress.dialogues
     answered = [position for position, s in enumerate(samples) if s.index in dialogues]
     carried, late = assign_dialogues(samples, answered), 0
@@ -761,9 +946,6 @@ def source_files(root: Path) -> list[Path]:
 def write_dataset(root: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
     """Write the dataset in `root` plus the new column to `target`, and read every file back.
     Raises RunError that names the file at fault."""
-    import av
-    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
-
     (tasks, task_indices, annotations), data = results, set(root.glob("data/*/*.parquet"))
     for file in source_files(root):
         old, new = root / file, target / file
@@ -782,8 +964,9 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
     with blaming(f"{meta}: cannot be written", "see to the disk and run again", RunError):
         tasks.to_parquet(meta / "tasks_high_level.parquet")
         (meta / "syn_annotations.jsonl").write_bytes("".join(map(json_line, annotations)).encode())
-        (meta / "annotate_pgen.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
-        written = LeRobotDatasetMetadata(f"local/{root.name}", root=target)
+        (target / RECORD).write_text(json.dumps(settings, indent=4), encoding="utf-8")
+        write_card(root, target, results, settings)
+        written = lerobot_dataset.LeRobotDatasetMetadata(f"local/{root.name}", root=target)
         for path in (file for file in needed_files(written) if file.suffix == ".mp4"):
             next(av.open(str(path)).decode(video=0))
 
@@ -791,9 +974,6 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
 def add_column(source: Path, target: Path, values: np.ndarray) -> int:
     """Copy a parquet file as it is but for the new column, the first of `values` (int64), and its
     description in the metadata that `datasets` keeps. Returns the number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with pq.ParquetFile(source) as parquet:
         about, row = parquet.metadata, 0
         schema = parquet.schema_arrow.append(pa.field(COLUMN, pa.int64()))
@@ -819,6 +999,133 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
     return row
 
 
+# ------------------------------------------------------------------------------------------- Hub
+READING = f"""\
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+import pandas as pd
+
+dataset = LeRobotDataset("%s"%s)
+tasks = pd.read_parquet(dataset.root / "meta" / "tasks_high_level.parquet")
+print(tasks.iloc[dataset[0]["{COLUMN}"].item()])"""
+PAPER = "https://arxiv.org/abs/2502.19417"
+CARD = f"""\
+Each frame has a dialogue that goes with what the robot is doing: what a person might have said to
+bring it about, and what the robot would answer. **The dialogues are synthetic**: a vision-language
+model wrote them, after [Hi Robot]({PAPER}). Nobody said them, and nobody has checked them.
+
+{{source}}
+
+{{tables}}
+
+`{COLUMN}` of a frame is the row of its dialogue in `meta/tasks_high_level.parquet`:
+
+```python
+{{reading}}
+```
+
+LeRobot's tools that write a new dataset (`delete_episodes`, `split_dataset`, `merge_datasets`,
+`remove_feature`) leave that table behind: copy it to the new `meta/`. Merge before annotating, as
+the rows of two tables collide."""
+RETRY_AFTER = (1, 5, 20, 60, 120)  # seconds
+
+
+def write_card(source: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
+    """Write README.md in `target`: LeRobot's card, what was added, and the text and metadata
+    (licence, tags, ...) of the one in `source`."""
+    (tasks, task_indices, annotations), origin = results, settings["source"]
+    old, text = hub.DatasetCard("---\n{}\n---\n"), ""
+    with suppress(Exception):  # no card, or one whose metadata cannot be read
+        text = (source / "README.md").read_text(encoding="utf-8-sig")
+        old = hub.DatasetCard(text, ignore_metadata_errors=True)
+        text = old.text
+    lines = pd.DataFrame(annotations)
+    model = Path(settings["model"]).name if Path(settings["model"]).is_dir() else settings["model"]
+    about = {
+        "generating model": model,
+        "date": time.strftime("%Y-%m-%d"),
+        "frames": len(task_indices),
+    }
+    about |= {"dialogues": len(lines), "different ones": len(tasks)}
+    about |= {
+        key: str(settings[key]) for key in ("sample_interval", "camera_keys", "temperature", "seed")
+    }
+    spoken = ["skill_current", "scenario_type", "response_type", "user_prompt", "robot_utterance"]
+    tables = [pd.DataFrame(about.items(), columns=["", ""])]
+    tables += [lines[kind].value_counts().reset_index() for kind in spoken[1:3]]
+    tables += [lines.loc[:: -(-len(lines) // 3), spoken]]
+    link = f"It was made from [{origin}](https://huggingface.co/datasets/{origin})."
+    added = CARD.format(
+        source=link if origin else "",
+        tables="\n\n".join(map(markdown, tables)),
+        reading=READING % (settings["name"], ""),
+    )
+    info = lerobot_dataset.LeRobotDatasetMetadata(settings["name"], root=target).info
+    data = {key: value for key, value in old.data.to_dict().items() if key != "dataset_info"}
+    fill = {"dataset_description": added, "paper": PAPER, "license": data.get("license")}
+    card = lerobot.create_lerobot_dataset_card(dataset_info=info, repo_id=settings["name"], **fill)
+    tags = dict.fromkeys([*card.data.tags, "synthetic", *(data.get("tags") or [])])
+    data |= {"tags": list(tags)} | ({"source_datasets": [origin]} if origin else {})
+    card.data = hub.DatasetCardData(**(card.data.to_dict() | data))
+    card.text += f"\n\n---\n\n{text.strip()}\n" if text.strip() else ""
+    (target / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table for README.md."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    cells = ([one_line(str(cell)).replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def ask_hub(call: Callable, **how: Any) -> Any:
+    """A call to the Hub, made again when it is busy (429, 5xx) or the connection breaks."""
+    for wait in (*RETRY_AFTER, None):
+        try:
+            return call(**how)
+        except Exception as error:
+            answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            broken = isinstance(error, (ConnectionError, TimeoutError, RuntimeError))
+            broken |= type(error).__module__.partition(".")[0] in ("httpx", "requests")
+            code = 503 if answer is None and broken else getattr(answer, "status_code", 400)
+            if not wait or (code < 500 and code != 429):
+                raise
+            tqdm.write(f"the Hub: {one_line(str(error)):.99}; again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+
+
+def open_target(target: str, source: str | None, private: bool) -> None:
+    """Make the repository on the Hub if it is not there, private if the source is. Raises
+    InputError unless this user may write to it."""
+    api, what = hub.HfApi(), {"repo_type": "dataset"}
+    rights = "log in with `hf auth login` as one who may, or name another with --new-repo-id"
+    with blaming(f"--push-to-hub: cannot write to {target}", rights):
+        ask_hub(api.whoami)
+        with suppress(hub_errors.RepositoryNotFoundError):
+            known = ask_hub(api.repo_info, repo_id=source, **what) if source else None
+            private = private or bool(known and (known.private or known.gated))
+        ask_hub(api.create_repo, repo_id=target, private=private or None, exist_ok=True, **what)
+        shown = private and not ask_hub(api.repo_info, repo_id=target, **what).private
+        require(not shown, "it is public, but this is to be private", ValueError)
+        # an upload's first step, which changes nothing: to make what is there already is no test
+        probe = [hub.CommitOperationAdd("README.md", b"-")]
+        ask_hub(api.preupload_lfs_files, repo_id=target, additions=probe, **what)
+    tqdm.write(f"the result will be pushed to {target}", file=sys.stderr)
+
+
+def push(folder: Path, target: str) -> None:
+    """Upload a dataset to the Hub and tag it with its version, as LeRobot asks. Raises RunError."""
+    api, where = hub.HfApi(), {"repo_id": target, "repo_type": "dataset"}
+    tag = read_json(folder / "meta" / "info.json")["codebase_version"]
+    what = {"folder_path": folder, "delete_patterns": "*", "ignore_patterns": [".cache/*"]}
+    safe = f"it is safe in {folder}, and the same command again only uploads"
+    with blaming(f"--push-to-hub: {target}", safe, RunError):
+        ask_hub(api.upload_folder, commit_message="Add dialogues", **what, **where)
+        with suppress(hub_errors.RevisionNotFoundError):
+            ask_hub(api.delete_tag, tag=tag, **where)
+        ask_hub(api.create_tag, tag=tag, exist_ok=True, **where)
+    print(f"pushed to      {api.endpoint}/datasets/{target}")
+
+
 # ---------------------------------------------------------------------------------- command line
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags. Raises InputError for those that no dataset or machine could make usable."""
@@ -841,6 +1148,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", "dataset in a local folder, which a repo id then only names", type=Path)
     add("--num-image-views-per-sample", "number of cameras shown to the model", 1, type=int)
     add("--camera-keys", "cameras shown, by name instead of number", nargs="+", metavar="KEY")
+    add("--revision", "branch, tag or commit of the dataset on the Hub")
     add("--sample-interval", "generate a dialogue every so many seconds", 1.0, type=float)
     add = group("model")
     add("--model", "Qwen vision-language model, Hub id or folder", "Qwen/Qwen2-VL-7B-Instruct")
@@ -853,20 +1161,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = group("output")
     add("--output-dir", f"folder of the new dataset, else <source>{SUFFIX}", type=Path)
     add("--overwrite", "discard what an earlier run left at the output", **switch)
-    add("--push-to-hub", f"not built yet: push the result to <repo-id>{SUFFIX}", **switch)
+    add("--push-to-hub", "upload the result to the Hugging Face Hub", **switch)
+    add("--new-repo-id", f"where to, else <repo-id>{SUFFIX}", metavar="USER/NAME")
+    add("--private", "make the repository there private, as a private source does", **switch)
     add("--dry-run", "print the plan and a prompt; load no model, write nothing", **switch)
     add("--debug", "show the traceback of an error", **switch)
     args = parser.parse_args(argv)
-    repo_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.repo_id or "a/b", re.ASCII)
+
+    def named(repo_id: str | None) -> Any:
+        return repo_id is None or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII)
+
+    new_id, form = args.new_repo_id, "is not of the form user/name; correct it"
     for valid, problem in (
         (args.repo_id or args.data_dir, "neither --repo-id nor --data-dir: name a dataset"),
-        (repo_id, f"--repo-id {args.repo_id}: is not of the form user/name; correct it"),
+        (named(args.repo_id), f"--repo-id {args.repo_id}: {form}"),
+        (named(new_id), f"--new-repo-id {new_id}: {form}"),
+        (not new_id or new_id != args.repo_id, f"--new-repo-id {new_id}: is the source; change it"),
         (args.num_image_views_per_sample > 0, "--num-image-views-per-sample must be 1 or more"),
         (0 < args.sample_interval < math.inf, "--sample-interval must be positive and finite"),
         (0 <= args.temperature < math.inf, "--temperature must be 0 or positive and finite"),
         (args.batch_size > 0, "--batch-size must be 1 or more"),
-        (args.repo_id or not args.push_to_hub, "--push-to-hub: names no target; add --repo-id"),
-        (not args.push_to_hub, "--push-to-hub: not built yet; leave it out, then use `hf upload`"),
+        (args.repo_id or new_id or not args.push_to_hub, "--push-to-hub: add --new-repo-id"),
     ):
         require(valid, problem)
     return args
@@ -874,91 +1189,134 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def annotate_dataset(args: argparse.Namespace) -> None:
     """The whole job, from the source dataset to the new one. Raises InputError and RunError."""
-    import av
-    import torch
-    from lerobot.utils.constants import HF_LEROBOT_HOME
-
-    started = time.monotonic()
+    rank = launched()[0]
     with blaming(f"{args.data_dir or args.repo_id}: cannot be annotated", "repair the dataset"):
-        root = find_dataset(args.repo_id, args.data_dir).resolve()
-        base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
+        root = find_dataset(args.repo_id, args.data_dir, args.revision).resolve()
+        base = lerobot_home.HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
         output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
-        unfinished = output.with_name(output.name + ".partial")
-        overlap = any(
-            p.is_relative_to(root) or root.is_relative_to(p) for p in (output, unfinished)
-        )
-        require(not overlap, f"--output-dir {output}: overlaps the source; name another folder")
-        occupied = output.exists() and any(output.iterdir() if output.is_dir() else [output])
+        for folder in (output, unfinished := output.with_name(output.name + ".partial")):
+            overlap = folder.is_relative_to(root) or root.is_relative_to(folder)
+            require(not overlap, f"--output-dir {output}: overlaps the source; name another folder")
         meta = open_dataset(root, args.repo_id)
         av.logging.set_level(av.logging.PANIC)  # set by others so far; what is broken we report
         views, keys = args.num_image_views_per_sample, args.camera_keys
         plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
-        needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
-        sizes = [(str(path.relative_to(root)), path.stat().st_size) for path in needed_files(meta)]
-        tables = [root / "meta" / name for name in ("info.json", "skills.json", "tasks.parquet")]
-        tables += sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-        state = [hashlib.sha256(table.read_bytes()).hexdigest() for table in tables], sizes
+        settings = job_settings(args, meta, plan)
     if args.dry_run:
-        print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
-        print_counts(plan, map(vars, plan.samples), output)
-        for s in {sample.scenario_type: sample for sample in reversed(plan.samples)}.values():
-            print(f"\nprompt for episode {s.episode_id}, frame {s.frame_index}:\n\n{s.prompt}")
-        print(f"\nThe answer begins with: {PREFILL}")
+        if not rank:
+            print_plan(meta, plan, output)
         return
+    name = args.new_repo_id or (args.repo_id or f"local/{root.name}") + SUFFIX
+    made = read_json(output / RECORD) if (output / RECORD).is_file() else {}
+    occupied = output.exists() and any(output.iterdir() if output.is_dir() else [output])
+    require(made or not occupied, f"--output-dir {output}: is not empty; name another folder")
+    finished = made and not args.overwrite
+    if finished:
+        compare_settings(output / RECORD, made, settings)
+    if rank and not finished:
+        with follow(unfinished, progress := Progress()) as run:
+            generate_part(args, meta, plan, run, unfinished, progress)
+    if rank:
+        return
+    if args.push_to_hub:
+        open_target(name, args.repo_id, args.private)
+    if finished:
+        print(f"finished already, with the same settings: {output}")
+        card = (output / "README.md").read_text(encoding="utf-8").replace(made["name"], name)
+        (output / "README.md").write_text(card, encoding="utf-8")
+    else:
+        make_dataset(args, meta, plan, output, settings, name)
+    if args.push_to_hub:
+        push(output, name)
+
+
+def job_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, Any]:
+    """All that the dialogues depend on, prompt and dataset as hashes."""
+    root, model = meta.root, Path(args.model)
+    sizes = [(str(path.relative_to(root)), path.stat().st_size) for path in needed_files(meta)]
+    tables = [root / "meta" / name for name in ("info.json", "skills.json", "tasks.parquet")]
+    tables += sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    state = [hashlib.sha256(table.read_bytes()).hexdigest() for table in tables], sizes
     prompt = (PROMPT, PREFILL, SCENARIO_TYPES, RESPONSE_TYPES, SUITABLE_RESPONSES, HISTORY_LENGTH)
-    names = ("model", "sample_interval", "temperature", "seed")
-    settings = {name: getattr(args, name) for name in names} | {"camera_keys": plan.camera_keys}
-    local = Path(args.model)
-    settings["model"] = str(local.resolve()) if local.is_dir() else args.model
-    settings["prompt"] = hashlib.sha256(repr(prompt).encode()).hexdigest()
-    settings["dataset"] = hashlib.sha256(repr(state).encode()).hexdigest()
-    if occupied:
-        record = output / "meta" / "annotate_pgen.json"
-        require(record.is_file(), f"--output-dir {output}: is not empty; name another folder")
-        if not args.overwrite:
-            compare_settings(record, read_json(record), settings)
-            print(f"finished already, with the same settings: {output}")
-            return
+    hashes = [hashlib.sha256(repr(what).encode()).hexdigest() for what in (prompt, state)]
+    return {
+        "model": str(model.resolve()) if model.is_dir() else args.model,
+        "sample_interval": args.sample_interval,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "camera_keys": plan.camera_keys,
+    } | dict(zip(("prompt", "dataset"), hashes, strict=True))
+
+
+def generate_part(
+    args: Any, meta: Any, plan: Plan, run: dict, folder: Path, progress: Progress
+) -> None:
+    """Load the model and generate this rank's part of the plan into its own journal in `folder`."""
+    (rank, world, local_rank), part = launched(), set(run["parts"][run["part"]])
+    todo = [sample for sample in plan.samples if sample.index in part]
+    if not todo:
+        return
+    device = args.device
+    if device == "cuda" and world > 1:
+        device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
+    # what has failed before must not be repeated, nor what other ranks draw
+    torch.manual_seed(random.Random(f"{args.seed} {run['launches']} {rank}").getrandbits(63))
+    pgen = QwenPgen(args.model, device, args.dtype, args.temperature)
+    with open_journal(folder / f"dialogues-{rank}.jsonl") as progress.save:
+        generate_dialogues(meta, pgen, plan.camera_keys, todo, args.batch_size, progress)
+
+
+def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict, name: str) -> None:
+    """Generate what is missing, write the new dataset, and put it in its place as the last act."""
+    started, progress, root = time.monotonic(), Progress(), meta.root
+    needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
     lack = needed - shutil.disk_usage(next(path for path in output.parents if path.exists())).free
     require(lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; free some on the disk")
-    progress = Progress()
-    with open_journal(unfinished, settings, args.overwrite) as opened:
-        progress.dialogues, progress.save, attempts = opened
-        known = len(progress.dialogues)
+    unfinished = output.with_name(output.name + ".partial")
+    with lead(unfinished, settings, args.overwrite, plan.samples) as (run, progress.dialogues):
+        known, seconds = len(progress.dialogues), -time.monotonic()
         tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
-        torch.manual_seed((args.seed + attempts) % 2**63)  # what has failed must not be repeated
-        how = args.model, args.device, args.dtype, args.temperature
-        pgen = QwenPgen(*how) if known < len(plan.samples) else None
-        seconds = -time.monotonic()
-        results = generate_synthetic_data(meta, pgen, plan, args.batch_size, progress)
+        if others := [unfinished / name for name in run["parts"] if name != run["part"]]:
+            journals = unfinished.glob
+            progress.count = lambda own: sum(
+                file.read_bytes().count(b'{"index"') for file in journals("dialogues-*")
+            )
+        with tqdm(total=len(plan.samples), initial=known, unit="sample") as progress.bar:
+            generate_part(args, meta, plan, run, unfinished, progress)
+            wait_for_ranks(others, progress)
         seconds += time.monotonic()
+        progress.dialogues |= read_journals(unfinished)
+        results = tabulate(plan, progress)
         tqdm.write(f"writing {output}", file=sys.stderr)
         shutil.rmtree(unfinished / "dataset", ignore_errors=True)
-        write_dataset(root, unfinished / "dataset", results, settings)
+        about = settings | {"name": name, "source": args.repo_id}
+        write_dataset(root, unfinished / "dataset", results, about)
         with blaming(f"{output}: cannot be renamed into", "see to it and run again", RunError):
             os.sync()
-            if occupied and output.exists():  # else it is empty, or not ours to replace
+            if args.overwrite and (output / RECORD).is_file():
                 output.rename(unfinished / f"replaced-{time.time_ns()}")
             (unfinished / "dataset").rename(output)
-            shutil.rmtree(unfinished)
-    for s, why in progress.given_up.items():
-        sys.stderr.write(f"given up: episode {s.episode_id}, frame {s.frame_index}: {why}\n")
-    rate = (len(progress.dialogues) - known) / seconds
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for sample, why in progress.given_up.items():
+        sys.stderr.write(f"given up: {sample}: {why}\n")
     print_counts(plan, results[2], output)
+    made, where = len(progress.dialogues) - known, f', root="{output}", video_backend="pyav"'
     print(f"""\
-dialogues      {len(results[2])}, of which {len(results[2]) - known} generated in this run
+dialogues      {len(results[2])}, of which {made} generated in this run
 unique tasks   {len(results[0])}
 asked again    {progress.asked_again}, given up {len(progress.given_up)}
 late frames    {progress.late_share:.1%} carry the dialogue of an earlier skill than their own
-time           {time.monotonic() - started:.1f} s, {rate:.2f} samples/s while generating
+time           {time.monotonic() - started:.1f} s, {made / seconds:.2f} samples/s while generating
 
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-import pandas as pd
+{READING % (name, where)}""")
 
-name, root = "{args.repo_id or "local/" + root.name}{SUFFIX}", "{output}"
-dataset = LeRobotDataset(name, root=root, video_backend="pyav")
-tasks = pd.read_parquet(dataset.root / "meta" / "tasks_high_level.parquet")
-print(tasks.iloc[dataset[0]["{COLUMN}"].item()])""")
+
+def print_plan(meta: Any, plan: Plan, output: Path) -> None:
+    print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
+    print_counts(plan, map(vars, plan.samples), output)
+    for s in {sample.scenario_type: sample for sample in reversed(plan.samples)}.values():
+        print(f"\nprompt for episode {s.episode_id}, frame {s.frame_index}:\n\n{s.prompt}")
+    print(f"\nThe answer begins with: {PREFILL}")
 
 
 def print_counts(plan: Plan, annotations: Iterable[dict[str, Any]], output: Path) -> None:
@@ -986,11 +1344,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         code, message = 2 if isinstance(error, InputError) else 1, str(error)
+        rank = launched()[0]
+        if rank and isinstance(error, InputError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # most likely rank 0 says the same, and the launcher ends this one
         if isinstance(error, KeyboardInterrupt):
             code, message = 128 + error.args[0], "interrupted; the same command goes on from here"
+            if rank:
+                return code
         elif "--debug" in (argv or sys.argv) or not isinstance(error, (InputError, RunError)):
             sys.excepthook(type(error), error, error.__traceback__)
-        tqdm.write(f"error: {one_line(message or repr(error))}", file=sys.stderr)
+        where = f"rank {rank}: " if rank else ""
+        tqdm.write(f"error: {where}{one_line(message or repr(error))}", file=sys.stderr)
         return code
 
 

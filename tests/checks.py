@@ -15,6 +15,7 @@ NEW_FILES = {
     "meta/tasks_high_level.parquet",
     "meta/syn_annotations.jsonl",
     "meta/annotate_pgen.json",
+    "README.md",
 }
 TASK_COLUMNS = [
     "task_index",
@@ -86,8 +87,8 @@ def check(source, output, sampled=True):
 
     `sampled`: every sample has its own dialogue, so every frame carries its last sample's.
     """
-    unchanged = files(source) - {"meta/info.json"}
-    assert files(output) == files(source) | NEW_FILES
+    unchanged = files(source) - {"meta/info.json", "README.md"}
+    assert files(output) - {".gitattributes"} == files(source) | NEW_FILES
     for name in unchanged:
         if not name.startswith("data/"):
             assert Path(output, name).read_bytes() == Path(source, name).read_bytes(), name

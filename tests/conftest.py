@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 
-HOME = Path(tempfile.mkdtemp(prefix="annotate_pgen_"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from hub_server import HubServer  # noqa: E402
+
+HOME, HUB = Path(tempfile.mkdtemp(prefix="annotate_pgen_")), HubServer()
 os.environ |= {  # read by the libraries when they are imported
     "HF_HOME": str(HOME / "hf"),
     "HF_LEROBOT_HOME": str(HOME / "lerobot"),
-    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": HUB.url,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     "SVT_LOG": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import make_demo  # noqa: E402
 
@@ -49,6 +54,15 @@ def dataset(built):
 def model(built):
     """The hand-set checkpoint, which always answers well."""
     return built("model", make_demo.make_model)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in for the Hub that all tests talk to, with somebody logged in."""
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    yield HUB
+    HUB.heal()
+    assert not HUB.unknown
 
 
 @pytest.fixture

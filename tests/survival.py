@@ -24,35 +24,39 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["heavy"])
 
 
-def work(flags, log, slow):
+def work(flags, log, slow, environment, constants):
     """The process: run the command line, with output to `log`, `slow` seconds for each batch."""
     import annotate_pgen
 
-    ask = annotate_pgen.QwenPgen.call_qwen_batch
+    os.environ |= environment
+    vars(annotate_pgen).update(constants)
 
-    def call_qwen_batch(self, *args, **kwargs):
+    ask = annotate_pgen.QwenPgen.answer
+
+    def answer(self, *args, **kwargs):
         time.sleep(slow)
         return ask(self, *args, **kwargs)
 
-    annotate_pgen.QwenPgen.call_qwen_batch = call_qwen_batch
+    annotate_pgen.QwenPgen.answer = answer
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):  # noqa: PTH123
         code = annotate_pgen.main([str(flag) for flag in flags])
     os._exit(code)
 
 
-def start(dataset, model, output, *flags, slow=0.0):
-    """A started run; its output goes to `<output>.log`."""
+def start(dataset, model, output, *flags, slow=0.0, log=None, environment=None, **constants):
+    """A started run; its output goes to `<output>.log`. `constants` are put into the script."""
     where = ("--data-dir", dataset, "--model", model, "--output-dir", output)
     flags = (*where, "--device", "cpu", "--dtype", "float32", *flags)
-    process = context.Process(target=work, args=(flags, f"{output}.log", slow))
+    log = log or f"{output}.log"
+    process = context.Process(target=work, args=(flags, log, slow, environment or {}, constants))
     process.start()
     return process
 
 
 def journal_lines(output):
-    """The whole lines of dialogues in the journal, as bytes."""
-    path = Path(f"{output}.partial", "dialogues.jsonl")
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    """The whole lines of dialogues in the journals, as bytes."""
+    journals = sorted(Path(f"{output}.partial").glob("dialogues-*.jsonl"))
+    lines = [line for path in journals for line in path.read_bytes().split(b"\n")[:-1]]
     return [line for line in lines if line.startswith(b'{"index"')]
 
 

@@ -35,9 +35,13 @@ PROMPTS = [
 ]
 
 
+def batch_of(pgen, images, prompts):
+    return pgen.collate([pgen.prepare(*sample) for sample in zip(images, prompts, strict=True)])
+
+
 def last_logits(pgen, images, prompts):
     with torch.inference_mode():
-        return pgen.model(**pgen.prepare(images, prompts)).logits[:, -1]
+        return pgen.model(**batch_of(pgen, images, prompts)).logits[:, -1]
 
 
 def test_a_batch_equals_single_calls(pgen):
@@ -51,7 +55,7 @@ def test_a_batch_generates_what_single_calls_do(pgen):
     """Greedy, token by token, over uneven prompts and pictures."""
 
     def tokens(images, prompts):
-        inputs = pgen.prepare(images, prompts)
+        inputs = batch_of(pgen, images, prompts)
         options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
         with torch.inference_mode():
             return pgen.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
@@ -73,7 +77,7 @@ def test_another_word_or_picture_changes_the_answer(pgen):
 
 
 def test_the_prompt_ends_in_the_opened_answer(pgen):
-    inputs = pgen.prepare(IMAGES[:2], PROMPTS[:2])
+    inputs = batch_of(pgen, IMAGES[:2], PROMPTS[:2])
     for ids in inputs["input_ids"]:
         text = pgen.processor.tokenizer.decode(ids)
         assert text.endswith("<|im_start|>assistant\n" + annotate_pgen.PREFILL)
@@ -84,7 +88,7 @@ def test_the_prompt_ends_in_the_opened_answer(pgen):
 def test_pictures_are_bounded(pgen):
     patch = pgen.processor.image_processor.patch_size
     big, huge = picture(0, 640, 480), picture(0, 1920, 1080)
-    grid = pgen.prepare([[big], [huge]], PROMPTS[:2])["image_grid_thw"]
+    grid = batch_of(pgen, [[big], [huge]], PROMPTS[:2])["image_grid_thw"]
     assert (grid.prod(-1) * patch**2 <= annotate_pgen.MAX_PIXELS).all()
     assert (grid.prod(-1) * patch**2 > 0.8 * annotate_pgen.MAX_PIXELS).all()
 
@@ -104,7 +108,7 @@ def test_hostile_text_stays_text(pgen, skill):
     plain = annotate_pgen.construct_prompt("tidy", ["tidy"], "tidy")
     tokenizer = pgen.processor.tokenizer
     special = set(tokenizer.all_special_ids)
-    (ids,), (expected,) = (pgen.prepare(IMAGES[:1], [p])["input_ids"] for p in (prompt, plain))
+    (ids,), (expected,) = (pgen.prepare(IMAGES[0], p)["input_ids"] for p in (prompt, plain))
     assert [i for i in ids.tolist() if i in special] == [
         i for i in expected.tolist() if i in special
     ]
@@ -127,9 +131,9 @@ def test_the_right_pixels_reach_the_model(kind, fps, built, model, tmp_path, mon
     source = built(f"{kind}{fps}", make_demo.make_dataset, lengths, fps, cameras)
     seen, prepare = [], QwenPgen.prepare
 
-    def spy(self, images, prompts):
-        seen.extend(zip(images, prompts, strict=True))
-        return prepare(self, images, prompts)
+    def spy(self, images, prompt):
+        seen.append((images, prompt))
+        return prepare(self, images, prompt)
 
     monkeypatch.setattr(QwenPgen, "prepare", spy)
     flags = ("--sample-interval", 4 / fps, "--camera-keys", "wrist", "top", "--batch-size", 3)
@@ -149,15 +153,15 @@ def test_the_right_pixels_reach_the_model(kind, fps, built, model, tmp_path, mon
 
 
 def test_out_of_memory_halves_the_batch(dataset, model, tmp_path, monkeypatch):
-    generate, sizes = QwenPgen.prepare, []
+    collate, sizes = QwenPgen.collate, []
 
-    def fail(self, images, prompts):
-        sizes.append(len(prompts))
-        if len(prompts) > 3:
+    def fail(self, batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(self, images, prompts)
+        return collate(self, batch)
 
-    monkeypatch.setattr(QwenPgen, "prepare", fail)
+    monkeypatch.setattr(QwenPgen, "collate", fail)
     flags = ("--batch-size", 12, "--sample-interval", 0.5)
     code, _, err = annotate(dataset, model, tmp_path / "out", *flags)
     assert code == 0 and sizes == [12, 6, 3, 3, 6, 3, 3] + 3 * [3] + [2]
@@ -165,9 +169,9 @@ def test_out_of_memory_halves_the_batch(dataset, model, tmp_path, monkeypatch):
 
 
 def test_out_of_memory_with_one(dataset, model, tmp_path, monkeypatch):
-    def fail(self, images, prompts):
+    def fail(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(QwenPgen, "prepare", fail)
+    monkeypatch.setattr(QwenPgen, "collate", fail)
     code, _, err = annotate(dataset, model, tmp_path / "out")
     assert code == 1 and "use fewer views" in err.splitlines()[-1]

@@ -90,20 +90,19 @@ def test_a_second_run_is_refused(dataset, model, tmp_path):
 # ---------------------------------------------------------------- the journal
 
 
-def read(folder, settings=SETTINGS, overwrite=False, add=None):
-    with ap.open_journal(folder, settings, overwrite) as (known, append, _):
-        if add:
-            append(add)
-        return dict(known)
+def read(folder, settings=SETTINGS, overwrite=False, add=()):
+    with ap.lead(folder, settings, overwrite, []) as (_, known):
+        with ap.open_journal(folder / "dialogues-0.jsonl") as save:
+            for index in add:
+                save({index: add[index]})
+        return known | dict(add)
 
 
 def test_journal_cut_at_every_byte_of_its_last_line(tmp_path):
     folder = tmp_path / "out.partial"
-    with ap.open_journal(folder, SETTINGS, False) as (known, append, _):
-        for index, dialogue in DIALOGUES.items():
-            append({index: dialogue})
-    assert known == DIALOGUES
-    path = folder / "dialogues.jsonl"
+    read(folder, add=DIALOGUES)
+    assert read(folder) == DIALOGUES
+    path = folder / "dialogues-0.jsonl"
     whole = path.read_bytes()
     last = whole.rindex(b'{"index"')
     more = {12: {"user_prompt": "Stop there.", "robot_utterance": "Okay, stopping."}}
@@ -120,7 +119,7 @@ def test_journal_cut_at_every_byte_of_its_last_line(tmp_path):
 )
 def test_only_a_damaged_line_is_dropped(tmp_path, junk):
     read(tmp_path, add=DIALOGUES)
-    path = tmp_path / "dialogues.jsonl"
+    path = tmp_path / "dialogues-0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], junk, *lines[2:]]))
     assert read(tmp_path) == DIALOGUES
@@ -129,12 +128,12 @@ def test_only_a_damaged_line_is_dropped(tmp_path, junk):
 def test_what_remains_of_a_journal_without_dialogues(tmp_path):
     """Nothing if the model cannot be loaded; else how often it was tried, for another seed."""
     folder = tmp_path / "a" / "out.partial"
-    with pytest.raises(ap.InputError), ap.open_journal(folder, SETTINGS, False):
+    with pytest.raises(ap.InputError), ap.lead(folder, SETTINGS, False, []):
         raise ap.InputError("no such model")
     assert not folder.exists()
-    for expected in range(3):
-        with ap.open_journal(folder, SETTINGS, False) as (_, _, attempts):
-            assert attempts == expected
+    for expected in range(1, 4):
+        with ap.lead(folder, SETTINGS, False, []) as (run, _):
+            assert run["launches"] == expected
 
 
 def test_an_interrupted_overwrite_goes_on(tmp_path):
@@ -175,7 +174,7 @@ def half_done(own_dataset, built, tmp_path):
         shutil.copytree(built("bad", make_demo.make_model, failure_rate=1.0), tmp_path / "m")
     )
     assert annotate(own_dataset, bad, tmp_path / "out")[0] == 1
-    settings = json.loads((tmp_path / "out.partial/dialogues.jsonl").read_text().splitlines()[0])
+    settings = json.loads((tmp_path / "out.partial/run.json").read_text())
     read(tmp_path / "out.partial", settings["settings"], add={0: DIALOGUES[3]})
     return own_dataset, bad, tmp_path / "out"
 
@@ -280,7 +279,7 @@ def test_a_disk_that_fills_up_while_writing(dataset, model, small_disk, monkeypa
 
 def test_a_disk_that_fills_up_while_generating(dataset, model, small_disk, monkeypatch):
     output = small_disk("24m") / "out"
-    ask, filler = ap.QwenPgen.call_qwen_batch, output.parent / "filler"
+    ask, filler = ap.QwenPgen.answer, output.parent / "filler"
 
     def fill_and_ask(self, *args, **kwargs):
         if len(survival.journal_lines(output)) >= 6:
@@ -290,10 +289,10 @@ def test_a_disk_that_fills_up_while_generating(dataset, model, small_disk, monke
                     file.flush()
         return ask(self, *args, **kwargs)
 
-    monkeypatch.setattr(ap.QwenPgen, "call_qwen_batch", fill_and_ask)
+    monkeypatch.setattr(ap.QwenPgen, "answer", fill_and_ask)
     code, _, err = annotate(dataset, model, output, "--batch-size", 1, "--sample-interval", 0.1)
     said = err.splitlines()[-1]
-    assert code == 1 and "dialogues.jsonl: cannot be written" in said
+    assert code == 1 and "dialogues-0.jsonl: cannot be written" in said
     assert "No space left" in said or "the disk is full" in said
     kept = len(survival.journal_lines(output))
     filler.unlink()
