@@ -410,17 +410,14 @@ class QwenPgen:
 
     def collate(self, batch: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Prepared samples as one batch on the model's device, tokens padded on the left."""
-        rows, padding = {name: [sample[name] for sample in batch] for name in batch[0]}, {}
-        width = max(ids.shape[1] for ids in rows["input_ids"])
+        inputs, pad = {}, torch.nn.utils.rnn.pad_sequence
         for name, value in batch[0].items():
-            if value.shape == batch[0]["input_ids"].shape:  # one number a token
-                padding[name] = (
-                    self.model.generation_config.pad_token_id if name == "input_ids" else 0
-                )
-        pad = torch.nn.functional.pad
-        for name, value in padding.items():
-            rows[name] = [pad(row, (width - row.shape[1], 0), value=value) for row in rows[name]]
-        return {name: torch.cat(parts).to(self.model.device) for name, parts in rows.items()}
+            parts = [sample[name] for sample in batch]
+            if value.shape == batch[0]["input_ids"].shape:  # a number for each token
+                filler = self.model.generation_config.pad_token_id if name == "input_ids" else 0
+                parts = [pad([part[0] for part in parts], True, filler, "left")]
+            inputs[name] = torch.cat(parts).to(self.model.device)
+        return inputs
 
 
 # ---------------------------------------------------------------------------------------- frames
@@ -445,11 +442,10 @@ def read_pictures(meta: Any, places: Iterable[tuple], key: str) -> Iterator[Imag
         for _ in range(2):  # a network drive may fail for a moment
             picture = None
             try:
-                if path != opened:
-                    video = key in meta.video_keys
-                    look = (
-                        open_video(path, 0.5 / meta.fps + 1e-4) if video else open_table(path, key)
-                    )
+                if path != opened and key in meta.video_keys:
+                    look = open_video(path, 0.5 / meta.fps + 1e-4)
+                elif path != opened:
+                    look = open_table(path, key)
                 opened, picture = path, look(*where)
                 break
             except Exception:  # every decoder has errors of its own
@@ -634,7 +630,7 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
     samples to the ranks in equal parts, once all are there. Yields run.json's content and the
     dialogues. Raises InputError if another run is at it, or had other settings and is not to be
     discarded for a `fresh` one; RunError that names ranks that do not come."""
-    record, lock, present = folder / "run.json", FileLock(folder / "lock", timeout=0), {0: "rank-0"}
+    record, lock = folder / "run.json", FileLock(folder / "lock", timeout=0)
     found = {path.name for path in folder.glob("[!.]*") if not path.name.startswith("rank-")}
     ours = not found - {"lock"} or record.name in found
     require(ours, f"{folder}: is no journal; move it away")
@@ -648,27 +644,34 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
                 path.unlink()
             run = {}
         compare_settings(record, run.get("settings", settings), settings)
-        for stale in folder.glob("rank-*"):  # a rank that waits makes its own again
-            stale.unlink(missing_ok=True)
-        world, patience = launched()[1], time.monotonic() + SILENCE
-        while lacking := sorted(set(range(world)) - set(present)):
-            problem = f"rank {lacking}: not there after {SILENCE:.0f} s; run the same command again"
-            require(time.monotonic() < patience, problem, RunError)
-            time.sleep(0.1)
-            present |= {int(path.name.split("-")[1]): path.name for path in folder.glob("rank-*-*")}
+        names = muster(folder, launched()[1])
         known = read_journals(folder)
         todo = [sample.index for sample in samples if sample.index not in known]
-        parts = {name: share(todo, rank, world) for rank, name in present.items()}
+        parts = {name: share(todo, rank, len(names)) for rank, name in enumerate(names)}
         run = {"settings": settings, "overwrite": fresh, "launches": run.get("launches", 0) + 1}
         with blaming(f"{record}: cannot be written", "see to the disk and run again", RunError):
             write_json(record, run | {"parts": parts})
-        yield run | {"parts": parts, "part": "rank-0"}, known
+        yield run | {"parts": parts, "part": names[0]}, known
     except InputError:  # of other settings, or of a model that cannot be loaded
         if not read_journals(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         lock.release()
+
+
+def muster(folder: Path, world: int) -> list[str]:
+    """The names of all ranks' status files, by rank, once they are there. Raises RunError that
+    names those who do not come."""
+    for stale in folder.glob("rank-*"):  # a rank that waits makes its own again
+        stale.unlink(missing_ok=True)
+    present, patience = {0: "rank-0"}, time.monotonic() + SILENCE
+    while lacking := sorted(set(range(world)) - set(present)):
+        problem = f"rank {lacking}: not there after {SILENCE:.0f} s; run the same command again"
+        require(time.monotonic() < patience, problem, RunError)
+        time.sleep(0.1)
+        present |= {int(path.name.split("-")[1]): path.name for path in folder.glob("rank-*-*")}
+    return [present[rank] for rank in range(world)]
 
 
 @contextmanager
@@ -725,10 +728,8 @@ def wait_for_ranks(statuses: Sequence[Path], progress: Progress) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file at once, so that no other rank, and no crash, sees half of it."""
     fresh = path.with_name(f".{path.name}")
-    with fresh.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    fresh.write_text(json.dumps(content), encoding="utf-8")
+    os.sync()
     fresh.replace(path)
 
 
