@@ -48,6 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import lru_cache
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -573,6 +574,12 @@ def read_journals(folder: Path) -> Dialogues:
     return dialogues
 
 
+def count_dialogues(folder: Path) -> int:
+    """About how many dialogues are in a run's journals, without reading them closely."""
+    journals = folder.glob("dialogues-*.jsonl")
+    return sum(journal.read_bytes().count(b'{"index"') for journal in journals)
+
+
 @contextmanager
 def open_journal(path: Path) -> Iterator[Callable[[Dialogues], None]]:
     """A function that puts dialogues on the disk, a line each. Raises RunError."""
@@ -1008,7 +1015,8 @@ import pandas as pd
 dataset = LeRobotDataset("%s"%s)
 tasks = pd.read_parquet(dataset.root / "meta" / "tasks_high_level.parquet")
 print(tasks.iloc[dataset[0]["{COLUMN}"].item()])"""
-PAPER = "https://arxiv.org/abs/2502.19417"
+PAPER, PAGES = "https://arxiv.org/abs/2502.19417", "https://huggingface.co/datasets"
+PAIRED = ["scenario_type", "response_type"]
 CARD = f"""\
 Each frame has a dialogue that goes with what the robot is doing: what a person might have said to
 bring it about, and what the robot would answer. **The dialogues are synthetic**: a vision-language
@@ -1033,37 +1041,31 @@ RETRY_AFTER = (1, 5, 20, 60, 120)  # seconds
 def write_card(source: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
     """Write README.md in `target`: LeRobot's card, what was added, and the text and metadata
     (licence, tags, ...) of the one in `source`."""
-    (tasks, task_indices, annotations), origin = results, settings["source"]
+    (tasks, task_indices, annotations), name = results, settings["name"]
+    model, origin = settings["model"], settings["source"]
     old, text = hub.DatasetCard("---\n{}\n---\n"), ""
     with suppress(Exception):  # no card, or one whose metadata cannot be read
         text = (source / "README.md").read_text(encoding="utf-8-sig")
         old = hub.DatasetCard(text, ignore_metadata_errors=True)
         text = old.text
-    lines = pd.DataFrame(annotations)
-    model = Path(settings["model"]).name if Path(settings["model"]).is_dir() else settings["model"]
-    about = {
-        "generating model": model,
-        "date": time.strftime("%Y-%m-%d"),
-        "frames": len(task_indices),
-    }
-    about |= {"dialogues": len(lines), "different ones": len(tasks)}
-    about |= {
-        key: str(settings[key]) for key in ("sample_interval", "camera_keys", "temperature", "seed")
-    }
-    spoken = ["skill_current", "scenario_type", "response_type", "user_prompt", "robot_utterance"]
+    lines, spoken = pd.DataFrame(annotations), ["skill_current", "user_prompt", "robot_utterance"]
+    about = {"generating model": Path(model).name if Path(model).is_absolute() else model}
+    about |= {"date": date.today(), "frames": len(task_indices), "dialogues": len(lines)}
+    about |= {"different dialogues": len(tasks), "camera_keys": settings["camera_keys"]}
+    about |= {key: settings[key] for key in ("sample_interval", "temperature", "seed")}
     tables = [pd.DataFrame(about.items(), columns=["", ""])]
-    tables += [lines[kind].value_counts().reset_index() for kind in spoken[1:3]]
-    tables += [lines.loc[:: -(-len(lines) // 3), spoken]]
-    link = f"It was made from [{origin}](https://huggingface.co/datasets/{origin})."
+    tables += [lines[kind].value_counts().reset_index() for kind in PAIRED]
+    tables += [lines.loc[:: -(-len(lines) // 3), [*PAIRED, *spoken]]]
     added = CARD.format(
-        source=link if origin else "",
+        source=f"It was made from [{origin}]({PAGES}/{origin})." if origin else "",
         tables="\n\n".join(map(markdown, tables)),
-        reading=READING % (settings["name"], ""),
+        reading=READING % (name, ""),
     )
-    info = lerobot_dataset.LeRobotDatasetMetadata(settings["name"], root=target).info
-    data = {key: value for key, value in old.data.to_dict().items() if key != "dataset_info"}
+    data = old.data.to_dict()
+    data.pop("dataset_info", None)  # describes the columns that were
+    info = lerobot_dataset.LeRobotDatasetMetadata(name, root=target).info
     fill = {"dataset_description": added, "paper": PAPER, "license": data.get("license")}
-    card = lerobot.create_lerobot_dataset_card(dataset_info=info, repo_id=settings["name"], **fill)
+    card = lerobot.create_lerobot_dataset_card(dataset_info=info, repo_id=name, **fill)
     tags = dict.fromkeys([*card.data.tags, "synthetic", *(data.get("tags") or [])])
     data |= {"tags": list(tags)} | ({"source_datasets": [origin]} if origin else {})
     card.data = hub.DatasetCardData(**(card.data.to_dict() | data))
@@ -1076,6 +1078,15 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
     cells = ([one_line(str(cell)).replace("|", "\\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def rename_dataset(folder: Path, record: dict[str, Any], name: str) -> None:
+    """Call a finished dataset `name`, in its card, where somebody may have changed other things."""
+    card, known = folder / "README.md", record["name"]
+    if known != name and card.is_file():
+        text = card.read_text(encoding="utf-8").replace(known, name)
+        card.write_text(text, encoding="utf-8")
+        write_json(folder / RECORD, record | {"name": name})
 
 
 def ask_hub(call: Callable, **how: Any) -> Any:
@@ -1223,8 +1234,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         open_target(name, args.repo_id, args.private)
     if finished:
         print(f"finished already, with the same settings: {output}")
-        card = (output / "README.md").read_text(encoding="utf-8").replace(made["name"], name)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        rename_dataset(output, made, name)
     else:
         make_dataset(args, meta, plan, output, settings, name)
     if args.push_to_hub:
@@ -1233,20 +1243,19 @@ def annotate_dataset(args: argparse.Namespace) -> None:
 
 def job_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, Any]:
     """All that the dialogues depend on, prompt and dataset as hashes."""
-    root, model = meta.root, Path(args.model)
+    root = meta.root
     sizes = [(str(path.relative_to(root)), path.stat().st_size) for path in needed_files(meta)]
     tables = [root / "meta" / name for name in ("info.json", "skills.json", "tasks.parquet")]
     tables += sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     state = [hashlib.sha256(table.read_bytes()).hexdigest() for table in tables], sizes
     prompt = (PROMPT, PREFILL, SCENARIO_TYPES, RESPONSE_TYPES, SUITABLE_RESPONSES, HISTORY_LENGTH)
-    hashes = [hashlib.sha256(repr(what).encode()).hexdigest() for what in (prompt, state)]
-    return {
-        "model": str(model.resolve()) if model.is_dir() else args.model,
-        "sample_interval": args.sample_interval,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "camera_keys": plan.camera_keys,
-    } | dict(zip(("prompt", "dataset"), hashes, strict=True))
+    names = ("model", "sample_interval", "temperature", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"camera_keys": plan.camera_keys}
+    if Path(args.model).is_dir():
+        settings["model"] = str(Path(args.model).resolve())
+    for name, what in (("prompt", prompt), ("dataset", state)):
+        settings[name] = hashlib.sha256(repr(what).encode()).hexdigest()
+    return settings
 
 
 def generate_part(
@@ -1277,11 +1286,8 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
     with lead(unfinished, settings, args.overwrite, plan.samples) as (run, progress.dialogues):
         known, seconds = len(progress.dialogues), -time.monotonic()
         tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
-        if others := [unfinished / name for name in run["parts"] if name != run["part"]]:
-            journals = unfinished.glob
-            progress.count = lambda own: sum(
-                file.read_bytes().count(b'{"index"') for file in journals("dialogues-*")
-            )
+        if others := [unfinished / part for part in run["parts"] if part != run["part"]]:
+            progress.count = lambda own: count_dialogues(unfinished)
         with tqdm(total=len(plan.samples), initial=known, unit="sample") as progress.bar:
             generate_part(args, meta, plan, run, unfinished, progress)
             wait_for_ranks(others, progress)

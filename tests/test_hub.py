@@ -336,6 +336,9 @@ def test_an_edited_card_is_kept_under_another_name(
     pushed = hub.repos["somebody/renamed"].files()["README.md"].decode()
     assert "We checked" in pushed and 'LeRobotDataset("somebody/renamed")' in pushed
     assert record["name"] not in pushed
+    assert run(*flags, "--push-to-hub", "--new-repo-id", "somebody/again")[0] == 0
+    pushed = hub.repos["somebody/again"].files()["README.md"].decode()
+    assert 'LeRobotDataset("somebody/again")' in pushed and "somebody/renamed" not in pushed
 
 
 # ---------------------------------------------------------------- download
