@@ -49,7 +49,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ av, np, pa, pd, pq = map(Lazy, ("av", "numpy", "pyarrow", "pandas", "pyarrow.par
 tf, torch, vl_utils = map(Lazy, ("transformers", "torch", "qwen_vl_utils"))
 hub, hub_errors = Lazy("huggingface_hub"), Lazy("huggingface_hub.errors")
 Image, lerobot_home = Lazy("PIL.Image"), Lazy("lerobot.utils.constants")
-lerobot_dataset, lerobot = Lazy("lerobot.datasets.lerobot_dataset"), Lazy("lerobot.datasets.utils")
+lerobot_dataset = Lazy("lerobot.datasets.lerobot_dataset")
+lerobot_utils = Lazy("lerobot.datasets.utils")
 
 COLUMN, SUFFIX = "task_index_high_level", "_with_high_level_tasks"
 RECORD = Path("meta", "annotate_pgen.json")  # of the settings that a dataset was made with
@@ -151,16 +152,16 @@ def load_skills(root: Path, episode_indices: Sequence[int]) -> dict[int, Episode
     require(path.is_file(), f"{path}: not found; run annotate.py first to annotate the skills")
     content, again = read_json(path), "correct it or run annotate.py again"
     with blaming(f"{path} has the wrong form", again):
-        coarse, episodes = utf8(content.get("coarse_description")), content["episodes"]
+        coarse, episodes = text_or_empty(content.get("coarse_description")), content["episodes"]
         lacking = [i for i in episode_indices if not (episodes.get(str(i)) or {}).get("skills")]
     require(not lacking, f"{path}: no skills for episode {lacking}; run annotate.py for these")
     for index in episode_indices:
         episode, where = episodes[str(index)], f'{path}: episode "{index}"'
         with blaming(f"{where} has the wrong form", again):
-            skills, description = list(episode["skills"]), utf8(episode.get("description"))
+            skills, description = list(episode["skills"]), text_or_empty(episode.get("description"))
         for n, entry in enumerate(skills):
             with blaming(f"{where}: skill {n} lacks name, start or end, or has a wrong one", again):
-                name, start, end = utf8(entry["name"]), entry["start"], entry["end"]
+                name, start, end = text_or_empty(entry["name"]), entry["start"], entry["end"]
                 valid = name and -math.inf < start <= end < math.inf
                 problem = f"{where}: skill {n} ({name!r:.50}) runs from {start!r:.9} to {end!r:.9}"
                 require(valid, f"{problem}, but needs a name and finite start <= end; {again}")
@@ -170,7 +171,7 @@ def load_skills(root: Path, episode_indices: Sequence[int]) -> dict[int, Episode
     return loaded
 
 
-def utf8(text: str | None) -> str:
+def text_or_empty(text: str | None) -> str:
     """The text, "" for None or a blank one. Raises ValueError for a lone surrogate."""
     return text if text and text.encode("utf-8").strip() else ""
 
@@ -322,7 +323,7 @@ def parse_answer(text: str) -> dict[str, str] | None:
     markup = ("user_prompt", "robot_utterance", "<|", "|>", "{", "}", "\N{REPLACEMENT CHARACTER}")
     for said in dialogue.values():
         sane = 2 <= len(said) <= 300 and any(map(str.isalpha, said))
-        echo = said.casefold() in asked or any(mark in said for mark in markup)
+        echo = (len(said) > 15 and said.casefold() in asked) or any(m in said for m in markup)
         if not sane or echo or CONTROL.search(said):
             return None
     return dialogue if len({said.casefold() for said in dialogue.values()}) == 2 else None
@@ -438,15 +439,14 @@ def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple
 
 def read_pictures(meta: Any, places: Iterable[tuple], key: str) -> Iterator[Image.Image | None]:
     """A camera's RGB picture at each place; None where it cannot be decoded."""
-    opened, look = None, None
+    opened, look, how = None, None, partial(open_table, key=key)
+    if key in meta.video_keys:
+        how = partial(open_video, tolerance=0.5 / meta.fps + 1e-4)
     for path, *where in places:
         for _ in range(2):  # a network drive may fail for a moment
             picture = None
             try:
-                if path != opened and key in meta.video_keys:
-                    look = open_video(path, 0.5 / meta.fps + 1e-4)
-                elif path != opened:
-                    look = open_table(path, key)
+                look = look if path == opened else how(path)
                 opened, picture = path, look(*where)
                 break
             except Exception:  # every decoder has errors of its own
@@ -524,7 +524,8 @@ class Progress:
 
     def show(self, **state: int) -> None:
         """Bring the progress bar up to date."""
-        self.bar.set_postfix(state, refresh=False)
+        if state:
+            self.bar.set_postfix(state, refresh=False)
         self.bar.update(self.count(self.dialogues) - self.bar.n)
 
 
@@ -615,14 +616,11 @@ SILENCE = 600.0  # seconds without a sign of life after which a rank is taken fo
 def launched() -> tuple[int, int, int]:
     """This process' rank, the number of ranks, and its rank on this machine: from torchrun, else
     from srun, whose variables count only inside a step; (0, 1, 0) on its own."""
-    for names in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
-    ):
-        if all(name in os.environ for name in names):
-            rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
-            return rank, world, local_rank
+    env, torchrun = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    for names in (torchrun, ("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_STEP_ID")):
+        if all(name in env for name in names):
+            return int(env[names[0]]), int(env[names[1]]), int(env[names[2]])
     return 0, 1, 0
 
 
@@ -639,26 +637,27 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
     discarded for a `fresh` one; RunError that names ranks that do not come."""
     record, lock = folder / "run.json", FileLock(folder / "lock", timeout=0)
     found = {path.name for path in folder.glob("[!.]*") if not path.name.startswith("rank-")}
-    ours = not found - {"lock"} or record.name in found
-    require(ours, f"{folder}: is no journal; move it away")
+    foreign = found - {"lock"} and record.name not in found
+    require(not foreign, f"{folder}: is no journal; move it away")
     with blaming(f"{folder}: cannot be locked", "wait for the other run or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         run = read_json(record) if record.is_file() else {}
-        if fresh and (run.get("settings"), run.get("overwrite")) != (settings, True):
-            for path in folder.glob("*.json*"):  # but an interrupted --overwrite goes on
+        goes_on = run.get("settings") == settings and run.get("overwrite")
+        if fresh and not goes_on:
+            for path in folder.glob("*.json*"):
                 path.unlink()
-            run = {}
-        compare_settings(record, run.get("settings", settings), settings)
+        if known := read_journals(folder):
+            compare_settings(record, run.get("settings", {}), settings)
         names = muster(folder, launched()[1])
-        known = read_journals(folder)
         todo = [sample.index for sample in samples if sample.index not in known]
         parts = {name: share(todo, rank, len(names)) for rank, name in enumerate(names)}
-        run = {"settings": settings, "overwrite": fresh, "launches": run.get("launches", 0) + 1}
+        launches = run.get("launches", 0) + 1
+        run = {"settings": settings, "overwrite": fresh, "launches": launches, "parts": parts}
         with blaming(f"{record}: cannot be written", "see to the disk and run again", RunError):
-            write_json(record, run | {"parts": parts})
-        yield run | {"parts": parts, "part": names[0]}, known
+            write_json(record, run)
+        yield run | {"part": names[0]}, known
     except InputError:  # of other settings, or of a model that cannot be loaded
         if not read_journals(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -712,22 +711,20 @@ def follow(folder: Path, progress: Progress) -> Iterator[dict[str, Any]]:
 def wait_for_ranks(statuses: Sequence[Path], progress: Progress) -> None:
     """Wait for the other ranks and add their reports to `progress`. Raises RunError that names
     those who are silent for too long."""
-    seen = {status: (0.0, time.monotonic()) for status in statuses}
-    while True:
-        reports = []
-        for status, (touched, _) in seen.items():
+    seen, reports = {status: (0.0, time.monotonic()) for status in statuses}, {}
+    while waiting := [status for status in statuses if status not in reports]:
+        for status in waiting:
             with suppress(OSError, ValueError):
-                if status.stat().st_mtime != touched:
+                if status.stat().st_mtime != seen[status][0]:
                     seen[status] = status.stat().st_mtime, time.monotonic()
-                reports.append(json.loads(status.read_text(encoding="utf-8")))
-        progress.show()
-        if len(reports) == len(statuses):
-            break
-        silent = [s.name.split("-")[1] for s in statuses if time.monotonic() - seen[s][1] > SILENCE]
-        problem = f"rank {', '.join(silent)}: no sign of life for {SILENCE:.0f} s"
+                reports[status] = json.loads(status.read_text(encoding="utf-8"))
+        silent = [s for s in waiting if time.monotonic() - seen[s][1] > SILENCE]
+        who = ", ".join(status.name.split("-")[1] for status in silent)
+        problem = f"rank {who}: no sign of life for {SILENCE:.0f} s"
         require(not silent, f"{problem}; the same command goes on from here", RunError)
+        progress.show()
         time.sleep(0.5)
-    for report in reports:
+    for report in reports.values():
         progress.given_up |= report["given_up"]
         progress.asked_again += report["again"]
 
@@ -735,8 +732,10 @@ def wait_for_ranks(statuses: Sequence[Path], progress: Progress) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file at once, so that no other rank, and no crash, sees half of it."""
     fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(content), encoding="utf-8")
-    os.sync()
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)
 
 
@@ -822,9 +821,8 @@ def read_frames(meta: Any) -> pd.DataFrame:
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
     files = sorted(meta.root.glob("data/*/*.parquet"))  # LeRobot concatenates them in this order
     frames = pd.concat([read_parquet(path, names) for path in files], ignore_index=True)
-    require(
-        frames.notna().all(axis=None), f"{meta.root}/data: {names} hold nulls; restore the files"
-    )
+    whole = frames.notna().all(axis=None)
+    require(whole, f"{meta.root}/data: {names} hold nulls; restore the files")
     found = Counter((e, len(list(run))) for e, run in groupby(frames["episode_index"]))
     promised = Counter(episode_table(meta)["length"].items())
     wrong = sorted(int(episode) for episode, _ in (found - promised) + (promised - found))
@@ -857,6 +855,8 @@ def make_plan(
     tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
     frames = read_frames(meta)
     samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
+    with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
+        Counter(sample.prompt for sample in samples)
     for key in dict.fromkeys([*cameras, *meta.video_keys]):  # a file that is cut off still opens
         places = sorted(picture_places(meta, samples, key))
         last = [max(group) for _, group in groupby(places, lambda place: place[0])]
@@ -901,7 +901,7 @@ def tabulate(plan: Plan, progress: Progress) -> Results:
     rows = table.groupby(list(table), sort=False).ngroup().tolist()  # counted as first seen
     tasks = table.drop_duplicates(ignore_index=True)
     tasks.insert(0, "task_index", range(len(tasks)))
-    row_of, task_indices = dict(zip(answered, rows, strict=True)), plan.skill_ranks.copy()
+    row_of, task_indices = dict(zip(answered, rows, strict=True)), np.empty_like(plan.skill_ranks)
     ends = [*(sample.index for sample in samples[1:]), len(task_indices)]
     for sample, end, c in zip(samples, ends, carried, strict=True):
         span = slice(sample.index, end)
@@ -1026,7 +1026,8 @@ model wrote them, after [Hi Robot]({PAPER}). Nobody said them, and nobody has ch
 
 {{tables}}
 
-`{COLUMN}` of a frame is the row of its dialogue in `meta/tasks_high_level.parquet`:
+`{COLUMN}` of a frame is the row of its dialogue in `meta/tasks_high_level.parquet`, with skill and
+types; `meta/syn_annotations.jsonl` has all dialogues, with what the model was told.
 
 ```python
 {{reading}}
@@ -1051,21 +1052,22 @@ def write_card(source: Path, target: Path, results: Results, settings: dict[str,
     lines, spoken = pd.DataFrame(annotations), ["skill_current", "user_prompt", "robot_utterance"]
     about = {"generating model": Path(model).name if Path(model).is_absolute() else model}
     about |= {"date": date.today(), "frames": len(task_indices), "dialogues": len(lines)}
-    about |= {"different dialogues": len(tasks), "camera_keys": settings["camera_keys"]}
+    about |= {"unique dialogues": len(tasks), "camera_keys": settings["camera_keys"]}
     about |= {key: settings[key] for key in ("sample_interval", "temperature", "seed")}
+    about |= {"frames with the dialogue of an earlier skill": f"{settings['late']:.1%}"}
     tables = [pd.DataFrame(about.items(), columns=["", ""])]
     tables += [lines[kind].value_counts().reset_index() for kind in PAIRED]
     tables += [lines.loc[:: -(-len(lines) // 3), [*PAIRED, *spoken]]]
     added = CARD.format(
         source=f"It was made from [{origin}]({PAGES}/{origin})." if origin else "",
         tables="\n\n".join(map(markdown, tables)),
-        reading=READING % (name, ""),
+        reading=READING % (name, ', video_backend="pyav"'),
     )
     data = old.data.to_dict()
     data.pop("dataset_info", None)  # describes the columns that were
     info = lerobot_dataset.LeRobotDatasetMetadata(name, root=target).info
     fill = {"dataset_description": added, "paper": PAPER, "license": data.get("license")}
-    card = lerobot.create_lerobot_dataset_card(dataset_info=info, repo_id=name, **fill)
+    card = lerobot_utils.create_lerobot_dataset_card(dataset_info=info, repo_id=name, **fill)
     tags = dict.fromkeys([*card.data.tags, "synthetic", *(data.get("tags") or [])])
     data |= {"tags": list(tags)} | ({"source_datasets": [origin]} if origin else {})
     card.data = hub.DatasetCardData(**(card.data.to_dict() | data))
@@ -1084,7 +1086,8 @@ def rename_dataset(folder: Path, record: dict[str, Any], name: str) -> None:
     """Call a finished dataset `name`, in its card, where somebody may have changed other things."""
     card, known = folder / "README.md", record["name"]
     if known != name and card.is_file():
-        text = card.read_text(encoding="utf-8").replace(known, name)
+        whole = rf"(?<![\w./-]){re.escape(known)}(?![\w.-])"
+        text = re.sub(whole, name, card.read_text(encoding="utf-8"))
         card.write_text(text, encoding="utf-8")
         write_json(folder / RECORD, record | {"name": name})
 
@@ -1129,7 +1132,7 @@ def push(folder: Path, target: str) -> None:
     api, where = hub.HfApi(), {"repo_id": target, "repo_type": "dataset"}
     tag = read_json(folder / "meta" / "info.json")["codebase_version"]
     what = {"folder_path": folder, "delete_patterns": "*", "ignore_patterns": [".cache/*"]}
-    safe = f"it is safe in {folder}, and the same command again only uploads"
+    safe = f"it is safe in {folder}, and the same command, without --overwrite, only uploads"
     with blaming(f"--push-to-hub: {target}", safe, RunError):
         ask_hub(api.upload_folder, commit_message="Add dialogues", **what, **where)
         with suppress(hub_errors.RevisionNotFoundError):
@@ -1176,7 +1179,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--push-to-hub", "upload the result to the Hugging Face Hub", **switch)
     add("--new-repo-id", f"where to, else <repo-id>{SUFFIX}", metavar="USER/NAME")
     add("--private", "make the repository there private, as a private source does", **switch)
-    add("--dry-run", "print the plan and a prompt; load no model, write nothing", **switch)
+    add("--dry-run", "print the plan and some prompts; load no model, write nothing", **switch)
     add("--debug", "show the traceback of an error", **switch)
     args = parser.parse_args(argv)
 
@@ -1193,7 +1196,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (0 < args.sample_interval < math.inf, "--sample-interval must be positive and finite"),
         (0 <= args.temperature < math.inf, "--temperature must be 0 or positive and finite"),
         (args.batch_size > 0, "--batch-size must be 1 or more"),
-        (args.repo_id or new_id or not args.push_to_hub, "--push-to-hub: add --new-repo-id"),
+        (
+            args.repo_id or new_id or not args.push_to_hub,
+            "--push-to-hub: no target; add --new-repo-id",
+        ),
     ):
         require(valid, problem)
     return args
@@ -1214,16 +1220,15 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         views, keys = args.num_image_views_per_sample, args.camera_keys
         plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
         settings = job_settings(args, meta, plan)
+        made = read_json(output / RECORD) if (output / RECORD).is_file() else {}
+        occupied = output.exists() and any(output.iterdir() if output.is_dir() else [output])
     if args.dry_run:
         if not rank:
             print_plan(meta, plan, output)
         return
     name = args.new_repo_id or (args.repo_id or f"local/{root.name}") + SUFFIX
-    made = read_json(output / RECORD) if (output / RECORD).is_file() else {}
-    occupied = output.exists() and any(output.iterdir() if output.is_dir() else [output])
     require(made or not occupied, f"--output-dir {output}: is not empty; name another folder")
-    finished = made and not args.overwrite
-    if finished:
+    if finished := made and not args.overwrite:
         compare_settings(output / RECORD, made, settings)
     if rank and not finished:
         with follow(unfinished, progress := Progress()) as run:
@@ -1254,7 +1259,7 @@ def job_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, A
     if Path(args.model).is_dir():
         settings["model"] = str(Path(args.model).resolve())
     for name, what in (("prompt", prompt), ("dataset", state)):
-        settings[name] = hashlib.sha256(repr(what).encode()).hexdigest()
+        settings[name] = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     return settings
 
 
@@ -1288,7 +1293,8 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
         tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
         if others := [unfinished / part for part in run["parts"] if part != run["part"]]:
             progress.count = lambda own: count_dialogues(unfinished)
-        with tqdm(total=len(plan.samples), initial=known, unit="sample") as progress.bar:
+        bar = {"initial": known, "unit": "sample", "delay": 1e-3}  # none before the model is there
+        with tqdm(total=len(plan.samples), **bar) as progress.bar:
             generate_part(args, meta, plan, run, unfinished, progress)
             wait_for_ranks(others, progress)
         seconds += time.monotonic()
@@ -1296,7 +1302,7 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
         results = tabulate(plan, progress)
         tqdm.write(f"writing {output}", file=sys.stderr)
         shutil.rmtree(unfinished / "dataset", ignore_errors=True)
-        about = settings | {"name": name, "source": args.repo_id}
+        about = settings | {"name": name, "source": args.repo_id, "late": progress.late_share}
         write_dataset(root, unfinished / "dataset", results, about)
         with blaming(f"{output}: cannot be renamed into", "see to it and run again", RunError):
             os.sync()
@@ -1329,9 +1335,10 @@ def print_plan(meta: Any, plan: Plan, output: Path) -> None:
 def print_counts(plan: Plan, annotations: Iterable[dict[str, Any]], output: Path) -> None:
     print(f"new dataset    {output}\nframes         {len(plan.skill_ranks)}")
     print(f"samples        {len(plan.samples)}")
-    types = [(entry["scenario_type"], entry["response_type"]) for entry in annotations]
-    for name, column in zip(("scenarios", "responses"), zip(*types, strict=True), strict=True):
-        print(f"{name:14}", ", ".join(f"{key} {n}" for key, n in sorted(Counter(column).items())))
+    entries = list(annotations)
+    for name in ("scenario", "response"):
+        counts = sorted(Counter(entry[f"{name}_type"] for entry in entries).items())
+        print(f"{name + 's':14}", ", ".join(f"{kind} {count}" for kind, count in counts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1348,7 +1355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.captureWarnings(True)
         logging.disable(logging.CRITICAL)
         annotate_dataset(args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (Exception, KeyboardInterrupt) as error:
         code, message = 2 if isinstance(error, InputError) else 1, str(error)
         rank = launched()[0]
