@@ -205,6 +205,10 @@ class Sample:
         asked = self.task_description, self.skill_history, self.skill_current
         return construct_prompt(*asked, self.scenario_type, self.response_type)
 
+    @property
+    def place(self) -> str:
+        return f"episode {self.episode_id}, frame {self.frame_index}"
+
     def annotated(self, dialogue: dict[str, str]) -> dict[str, Any]:
         """Its line of syn_annotations.jsonl, but for the task index, which is not known yet."""
         return {k: v for k, v in vars(self).items() if k not in ("index", "skill_rank")} | dialogue
@@ -539,7 +543,7 @@ def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Prog
     those without a valid answer are asked again."""
 
     def give_up(sample: Sample, why: str) -> None:
-        progress.given_up[f"episode {sample.episode_id}, frame {sample.frame_index}"] = why
+        progress.given_up[sample.place] = why
 
     fresh, again = ((s, p, 0) for s, p in pairs if p or give_up(s, "broken picture")), []
     while True:
@@ -615,12 +619,15 @@ SILENCE = 600.0  # seconds without a sign of life after which a rank is taken fo
 
 def launched() -> tuple[int, int, int]:
     """This process' rank, the number of ranks, and its rank on this machine: from torchrun, else
-    from srun, whose variables count only inside a step; (0, 1, 0) on its own."""
+    from srun, whose variables count only inside a step; (0, 1, 0) on its own. Raises InputError."""
     env, torchrun = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     for names in (torchrun, ("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_STEP_ID")):
         if all(name in env for name in names):
-            return int(env[names[0]]), int(env[names[1]]), int(env[names[2]])
+            with blaming(f"{names[:3]} in the environment", "correct or unset them"):
+                rank, world, local_rank = (int(env[name]) for name in names[:3])
+                require(0 <= rank < world, f"rank {rank} of {world}", ValueError)
+            return rank, world, local_rank
     return 0, 1, 0
 
 
@@ -636,9 +643,9 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
     dialogues. Raises InputError if another run is at it, or had other settings and is not to be
     discarded for a `fresh` one; RunError that names ranks that do not come."""
     record, lock = folder / "run.json", FileLock(folder / "lock", timeout=0)
-    found = {path.name for path in folder.glob("[!.]*") if not path.name.startswith("rank-")}
-    foreign = found - {"lock"} and record.name not in found
-    require(not foreign, f"{folder}: is no journal; move it away")
+    left = re.compile(r"\..*|lock|rank-.*|replaced-\d+")  # what may be left of a finished run
+    foreign = any(not left.fullmatch(path.name) for path in folder.glob("*"))
+    require(record.is_file() or not foreign, f"{folder}: is no journal; move it away")
     with blaming(f"{folder}: cannot be locked", "wait for the other run or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -650,7 +657,7 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
                 path.unlink()
         if known := read_journals(folder):
             compare_settings(record, run.get("settings", {}), settings)
-        names = muster(folder, launched()[1])
+        names = muster(folder, launched()[1], settings)
         todo = [sample.index for sample in samples if sample.index not in known]
         parts = {name: share(todo, rank, len(names)) for rank, name in enumerate(names)}
         launches = run.get("launches", 0) + 1
@@ -666,46 +673,54 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
         lock.release()
 
 
-def muster(folder: Path, world: int) -> list[str]:
-    """The names of all ranks' status files, by rank, once they are there. Raises RunError that
-    names those who do not come."""
+def hashed(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def muster(folder: Path, world: int, settings: dict[str, Any]) -> list[str]:
+    """The names of the status files of all ranks with these settings, by rank, once they are there.
+    Raises RunError that names those who do not come."""
     for stale in folder.glob("rank-*"):  # a rank that waits makes its own again
         stale.unlink(missing_ok=True)
     present, patience = {0: "rank-0"}, time.monotonic() + SILENCE
     while lacking := sorted(set(range(world)) - set(present)):
-        problem = f"rank {lacking}: not there after {SILENCE:.0f} s; run the same command again"
-        require(time.monotonic() < patience, problem, RunError)
+        problem = f"rank {lacking}: not there after {SILENCE:.0f} s, with the same settings"
+        require(time.monotonic() < patience, f"{problem}; run the same command again", RunError)
         time.sleep(0.1)
-        present |= {int(path.name.split("-")[1]): path.name for path in folder.glob("rank-*-*")}
+        names = [path.name for path in folder.glob(f"rank-*-{hashed(settings)}-*")]
+        present |= {int(name.split("-")[1]): name for name in names}
     return [present[rank] for rank in range(world)]
 
 
 @contextmanager
-def follow(folder: Path, progress: Progress) -> Iterator[dict[str, Any]]:
+def follow(folder: Path, settings: dict, progress: Progress) -> Iterator[dict[str, Any]]:
     """As another rank: wait until rank 0 has dealt, and yield run.json's content. Until the end, a
     thread touches a status file as a sign of life, which then gets the report. Raises RunError."""
-    name, ended = f"rank-{launched()[0]}-{uuid.uuid4().hex}", threading.Event()
+    status = folder / f"rank-{launched()[0]}-{hashed(settings)}-{uuid.uuid4().hex}"
+    joined, ended = threading.Event(), threading.Event()
 
     def show_life() -> None:
         while not ended.wait(0.5):
-            with suppress(OSError):
-                (folder / name).touch()
+            with suppress(OSError):  # who is at work does not come back for another launch
+                os.utime(status) if joined.is_set() else status.touch()
 
-    run, patience = {"parts": {}}, time.monotonic() + SILENCE
+    run, patience = {}, time.monotonic() + SILENCE
     thread = threading.Thread(target=show_life, daemon=True)
     thread.start()
     try:
-        while name not in run.get("parts"):  # else it is of an earlier launch
-            problem = f"rank 0 has not begun within {SILENCE:.0f} s; run the same command again"
-            require(time.monotonic() < patience, problem, RunError)
+        while status.name not in run.get("parts", ()):  # else it is of an earlier launch
+            problem = f"rank 0 has not begun with the same settings within {SILENCE:.0f} s"
+            require(time.monotonic() < patience, f"{problem}; see what it said", RunError)
             time.sleep(0.2)
             with suppress(OSError, ValueError):
                 run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        yield run | {"part": name}
+        joined.set()
+        yield run | {"part": status.name}
     finally:
         ended.set()
         thread.join()
-    write_json(folder / name, {"given_up": progress.given_up, "again": progress.asked_again})
+    if status.exists():  # else rank 0 has gone, or begun anew
+        write_json(status, {"given_up": progress.given_up, "again": progress.asked_again})
 
 
 def wait_for_ranks(statuses: Sequence[Path], progress: Progress) -> None:
@@ -748,7 +763,7 @@ def find_dataset(repo_id: str | None, data_dir: Path | None, revision: str | Non
         return data_dir
     home, skills = lerobot_home.HF_LEROBOT_HOME, Path("meta", "skills.json")
     local, what = home / repo_id, {"repo_type": "dataset", "cache_dir": home / "hub"}
-    has_copy = not revision and (local / "meta" / "info.json").is_file()
+    has_copy = not revision and (local / "data").is_dir()
     if has_copy and (local / skills).is_file():
         return local
     problem = blaming(f"--repo-id {repo_id}: no download", "check name, network and login")
@@ -756,12 +771,13 @@ def find_dataset(repo_id: str | None, data_dir: Path | None, revision: str | Non
         for version in [revision] if revision else ["v3.0", "main"]:
             with suppress(hub_errors.RevisionNotFoundError):
                 wanted = {"revision": version} | what
-                meta = Path(hub.snapshot_download(repo_id, allow_patterns="meta/*", **wanted))
-                if (meta / skills).is_file():
-                    if not has_copy:
-                        return Path(hub.snapshot_download(repo_id, **wanted))
-                    shutil.copyfile(meta / skills, local / skills)  # LeRobot's copy is older
-                    return local
+                fetch = partial(ask_hub, hub.snapshot_download, repo_id=repo_id, **wanted)
+                meta = Path(fetch(allow_patterns="meta/*"))
+                if (meta / skills).is_file() and not has_copy:
+                    return Path(fetch())
+                if (meta / skills).is_file():  # LeRobot's copy is older
+                    fresh = Path(shutil.copyfile(meta / skills, local / f"{skills}.{os.getpid()}"))
+                    return fresh.replace(local / skills).parents[1]
         at = f" at --revision {revision}; correct it or" if revision else ";"
         raise InputError(f"--repo-id {repo_id}: has no {skills}{at} run annotate.py first")
     return local
@@ -1046,7 +1062,7 @@ def write_card(source: Path, target: Path, results: Results, settings: dict[str,
     model, origin = settings["model"], settings["source"]
     old, text = hub.DatasetCard("---\n{}\n---\n"), ""
     with suppress(Exception):  # no card, or one whose metadata cannot be read
-        text = (source / "README.md").read_text(encoding="utf-8-sig")
+        text = (source / "README.md").read_text(encoding="utf-8-sig", errors="replace")
         old = hub.DatasetCard(text, ignore_metadata_errors=True)
         text = old.text
     lines, spoken = pd.DataFrame(annotations), ["skill_current", "user_prompt", "robot_utterance"]
@@ -1068,7 +1084,9 @@ def write_card(source: Path, target: Path, results: Results, settings: dict[str,
     info = lerobot_dataset.LeRobotDatasetMetadata(name, root=target).info
     fill = {"dataset_description": added, "paper": PAPER, "license": data.get("license")}
     card = lerobot_utils.create_lerobot_dataset_card(dataset_info=info, repo_id=name, **fill)
-    tags = dict.fromkeys([*card.data.tags, "synthetic", *(data.get("tags") or [])])
+    tags = [data.get("tags")] if isinstance(data.get("tags"), str) else data.get("tags")
+    tags = [tag for tag in (tags if isinstance(tags, list) else ()) if isinstance(tag, str)]
+    tags = dict.fromkeys([*card.data.tags, "synthetic", *tags])
     data |= {"tags": list(tags)} | ({"source_datasets": [origin]} if origin else {})
     card.data = hub.DatasetCardData(**(card.data.to_dict() | data))
     card.text += f"\n\n---\n\n{text.strip()}\n" if text.strip() else ""
@@ -1087,8 +1105,8 @@ def rename_dataset(folder: Path, record: dict[str, Any], name: str) -> None:
     card, known = folder / "README.md", record["name"]
     if known != name and card.is_file():
         whole = rf"(?<![\w./-]){re.escape(known)}(?![\w.-])"
-        text = re.sub(whole, name, card.read_text(encoding="utf-8"))
-        card.write_text(text, encoding="utf-8")
+        how = {"encoding": "utf-8", "errors": "surrogateescape"}
+        card.write_text(re.sub(whole, name, card.read_text(**how)), **how)
         write_json(folder / RECORD, record | {"name": name})
 
 
@@ -1115,9 +1133,11 @@ def open_target(target: str, source: str | None, private: bool) -> None:
     rights = "log in with `hf auth login` as one who may, or name another with --new-repo-id"
     with blaming(f"--push-to-hub: cannot write to {target}", rights):
         ask_hub(api.whoami)
-        with suppress(hub_errors.RepositoryNotFoundError):
+        try:
             known = ask_hub(api.repo_info, repo_id=source, **what) if source else None
             private = private or bool(known and (known.private or known.gated))
+        except hub_errors.RepositoryNotFoundError:  # it may be there and not be shown to this user
+            private = True
         ask_hub(api.create_repo, repo_id=target, private=private or None, exist_ok=True, **what)
         shown = private and not ask_hub(api.repo_info, repo_id=target, **what).private
         require(not shown, "it is public, but this is to be private", ValueError)
@@ -1131,10 +1151,17 @@ def push(folder: Path, target: str) -> None:
     """Upload a dataset to the Hub and tag it with its version, as LeRobot asks. Raises RunError."""
     api, where = hub.HfApi(), {"repo_id": target, "repo_type": "dataset"}
     tag = read_json(folder / "meta" / "info.json")["codebase_version"]
-    what = {"folder_path": folder, "delete_patterns": "*", "ignore_patterns": [".cache/*"]}
+    what = {
+        "folder_path": folder,
+        "delete_patterns": "*",
+        "ignore_patterns": [".cache/*", ".gitignore"],
+    }
     safe = f"it is safe in {folder}, and the same command, without --overwrite, only uploads"
     with blaming(f"--push-to-hub: {target}", safe, RunError):
         ask_hub(api.upload_folder, commit_message="Add dialogues", **what, **where)
+        missing = {str(file) for file in source_files(folder) if file.name != ".gitignore"}
+        missing -= set(ask_hub(api.list_repo_files, **where))
+        require(not missing, f"{sorted(missing)[:3]} did not arrive", OSError)
         with suppress(hub_errors.RevisionNotFoundError):
             ask_hub(api.delete_tag, tag=tag, **where)
         ask_hub(api.create_tag, tag=tag, exist_ok=True, **where)
@@ -1191,7 +1218,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (args.repo_id or args.data_dir, "neither --repo-id nor --data-dir: name a dataset"),
         (named(args.repo_id), f"--repo-id {args.repo_id}: {form}"),
         (named(new_id), f"--new-repo-id {new_id}: {form}"),
-        (not new_id or new_id != args.repo_id, f"--new-repo-id {new_id}: is the source; change it"),
+        (
+            (new_id or "").lower() != (args.repo_id or "/").lower(),
+            f"--new-repo-id {new_id}: is the source; change it",
+        ),
         (args.num_image_views_per_sample > 0, "--num-image-views-per-sample must be 1 or more"),
         (0 < args.sample_interval < math.inf, "--sample-interval must be positive and finite"),
         (0 <= args.temperature < math.inf, "--temperature must be 0 or positive and finite"),
@@ -1231,7 +1261,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
     if finished := made and not args.overwrite:
         compare_settings(output / RECORD, made, settings)
     if rank and not finished:
-        with follow(unfinished, progress := Progress()) as run:
+        with follow(unfinished, settings, progress := Progress()) as run:
             generate_part(args, meta, plan, run, unfinished, progress)
     if rank:
         return
@@ -1239,6 +1269,8 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         open_target(name, args.repo_id, args.private)
     if finished:
         print(f"finished already, with the same settings: {output}")
+        for old in unfinished.glob("replaced-*"):  # left by a run that was killed at its very end
+            shutil.rmtree(old, ignore_errors=True)
         rename_dataset(output, made, name)
     else:
         make_dataset(args, meta, plan, output, settings, name)
@@ -1259,7 +1291,7 @@ def job_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, A
     if Path(args.model).is_dir():
         settings["model"] = str(Path(args.model).resolve())
     for name, what in (("prompt", prompt), ("dataset", state)):
-        settings[name] = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        settings[name] = hashed(what)
     return settings
 
 
@@ -1283,22 +1315,25 @@ def generate_part(
 
 def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict, name: str) -> None:
     """Generate what is missing, write the new dataset, and put it in its place as the last act."""
-    started, progress, root = time.monotonic(), Progress(), meta.root
+    started, progress, root, samples = time.monotonic(), Progress(), meta.root, plan.samples
     needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
     lack = needed - shutil.disk_usage(next(path for path in output.parents if path.exists())).free
     require(lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; free some on the disk")
     unfinished = output.with_name(output.name + ".partial")
-    with lead(unfinished, settings, args.overwrite, plan.samples) as (run, progress.dialogues):
+    with lead(unfinished, settings, args.overwrite, samples) as (run, progress.dialogues):
         known, seconds = len(progress.dialogues), -time.monotonic()
         tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
         if others := [unfinished / part for part in run["parts"] if part != run["part"]]:
             progress.count = lambda own: count_dialogues(unfinished)
         bar = {"initial": known, "unit": "sample", "delay": 1e-3}  # none before the model is there
-        with tqdm(total=len(plan.samples), **bar) as progress.bar:
+        with tqdm(total=len(samples), **bar) as progress.bar:
             generate_part(args, meta, plan, run, unfinished, progress)
             wait_for_ranks(others, progress)
         seconds += time.monotonic()
         progress.dialogues |= read_journals(unfinished)
+        settled = {s.place for s in samples if s.index in progress.dialogues} | {*progress.given_up}
+        lost = len(samples) - len(settled)
+        require(not lost, f"{lost} samples were lost; the same command goes on from here", RunError)
         results = tabulate(plan, progress)
         tqdm.write(f"writing {output}", file=sys.stderr)
         shutil.rmtree(unfinished / "dataset", ignore_errors=True)
@@ -1309,6 +1344,8 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
             if args.overwrite and (output / RECORD).is_file():
                 output.rename(unfinished / f"replaced-{time.time_ns()}")
             (unfinished / "dataset").rename(output)
+        for done in [*unfinished.glob("dialogues-*"), unfinished / "run.json"]:
+            done.unlink(missing_ok=True)  # first, lest a kill leaves what looks like a journal
         shutil.rmtree(unfinished, ignore_errors=True)
     for sample, why in progress.given_up.items():
         sys.stderr.write(f"given up: {sample}: {why}\n")
@@ -1328,7 +1365,7 @@ def print_plan(meta: Any, plan: Plan, output: Path) -> None:
     print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
     print_counts(plan, map(vars, plan.samples), output)
     for s in {sample.scenario_type: sample for sample in reversed(plan.samples)}.values():
-        print(f"\nprompt for episode {s.episode_id}, frame {s.frame_index}:\n\n{s.prompt}")
+        print(f"\nprompt for {s.place}:\n\n{s.prompt}")
     print(f"\nThe answer begins with: {PREFILL}")
 
 
@@ -1348,8 +1385,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.SIG_DFL)  # the second time ends the process
         raise KeyboardInterrupt(number)
 
+    rank = 0
     try:
-        args = parse_args(argv)
+        args, rank = parse_args(argv), launched()[0]
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         logging.captureWarnings(True)
@@ -1362,7 +1400,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (Exception, KeyboardInterrupt) as error:
         code, message = 2 if isinstance(error, InputError) else 1, str(error)
-        rank = launched()[0]
         if rank and isinstance(error, InputError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # most likely rank 0 says the same, and the launcher ends this one

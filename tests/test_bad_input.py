@@ -409,6 +409,19 @@ def test_model_that_lacks_weights(dataset, model, tmp_path, refused):
     assert "lack the weights" in refused(dataset, model=broken, loads_model=True)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("PROMPT", annotate_pgen.PROMPT + '\nSuch as {"user_prompt": "Hi"}'),
+        ("PROMPT", annotate_pgen.PROMPT + " {Scenario}"),
+        ("RESPONSE_TYPES", {"yes": "It agrees."}),
+    ],
+)
+def test_a_prompt_that_cannot_be_filled_in(name, value, dataset, refused, monkeypatch):
+    monkeypatch.setattr(annotate_pgen, name, value)
+    assert "PROMPT or a table of types" in refused(dataset)
+
+
 # ---------------------------------------------------------------- what is printed
 
 

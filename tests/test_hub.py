@@ -166,7 +166,7 @@ def test_a_busy_hub_is_asked_again(how, hub, home):
         ("private", False, True),
         ("gated", False, True),
         ("public", True, True),
-        ("unknown", False, False),
+        ("unknown", False, True),
         (None, True, True),
     ],
 )
@@ -189,7 +189,7 @@ def test_an_existing_target_keeps_its_visibility(hub, home):
 
 
 def test_the_source_is_no_target(dataset):
-    code, _, err = run("--data-dir", dataset, "--repo-id", "a/b", "--new-repo-id", "a/b")
+    code, _, err = run("--data-dir", dataset, "--repo-id", "a/b", "--new-repo-id", "A/B")
     assert code == 2 and "is the source" in err
 
 
@@ -259,9 +259,9 @@ def test_stale_files_go_and_bookkeeping_stays(hub, home, finished, tmp_path):
             (stale / name).parent.mkdir(parents=True, exist_ok=True)
             (stale / name).write_bytes(b"stale")
         hub.add_repo(target, stale, tag="v3.0")
-        for name in (".cache/huggingface/upload/x.metadata", ".cache/notes", ".git/config"):
+        for name in (".cache/huggingface/x.metadata", ".cache/notes", ".git/config", ".gitignore"):
             (own / name).parent.mkdir(parents=True, exist_ok=True)
-            (own / name).write_text("bookkeeping")
+            (own / name).write_text("*.mp4\n")
         ap.push(own, target)
         assert uploaded(hub, target, "v3.0") == content(finished)
 
@@ -306,7 +306,16 @@ def test_card(hub, home, own_dataset, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["no metadata", "---\n: [broken\n---\nwords", "---\nlicense: 5\n---\nno metadata", ""]
+    "text",
+    [
+        "no metadata",
+        "---\n: [broken\n---\nwords",
+        "---\nlicense: 5\n---\nno metadata",
+        "",
+        "---\ntags: 5\n---\na",
+        "---\ntags: robotics\n---\nb",
+        "---\ntags: [{a: b}, c]\n---\nc",
+    ],
 )
 def test_odd_cards_are_kept_as_text(text, finished, own_dataset, tmp_path):
     (own_dataset / "README.md").write_text(text)
@@ -321,6 +330,20 @@ def test_odd_cards_are_kept_as_text(text, finished, own_dataset, tmp_path):
     card = DatasetCard.load(output / "README.md")
     assert text.split("---\n")[-1] in card.text and "LeRobot" in card.data.tags
     assert "| a \\| b # c <script> |" in card.text
+
+
+def test_a_new_name_replaces_whole_names_only(finished, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "out"))
+    card, record = output / "README.md", json.loads((output / ap.RECORD).read_text())
+    card.write_bytes(b'from [me/ds-raw](x/me/ds-raw) "me/ds" ?path=me/ds"\n \xe9')
+    for name in ("me/ds", "me/ds_v2", "me/ds_v2", "you/a"):
+        ap.rename_dataset(output, record | {"name": record["name"]}, name)
+        record = json.loads((output / ap.RECORD).read_text()) | (
+            {"name": "me/ds"} if name == "me/ds" else {}
+        )
+    assert card.read_bytes() == b'from [me/ds-raw](x/me/ds-raw) "you/a" ?path=you/a"\n \xe9'
+    card.unlink()
+    ap.rename_dataset(output, record, "you/b")
 
 
 def test_an_edited_card_is_kept_under_another_name(
@@ -409,6 +432,20 @@ def test_what_was_downloaded_is_used_without_network(hub, home, dataset):
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "samples        12" in result.stdout, result.stderr
+
+
+def test_a_busy_hub_is_asked_again_for_downloads(hub, home, dataset):
+    hub.add_repo("somebody/busy", dataset, tag="v3.0")
+    hub.fail("GET", "/revision/", 503, times=2)
+    code, out, err = dry_run("--repo-id", "somebody/busy")
+    assert code == 0 and "samples        12" in out, err
+
+
+def test_a_copy_with_nothing_but_metadata_is_no_copy(hub, home, dataset):
+    hub.add_repo("somebody/partly", dataset, tag="v3.0")
+    shutil.copytree(dataset / "meta", home / "somebody" / "partly" / "meta")
+    code, out, err = dry_run("--repo-id", "somebody/partly")
+    assert code == 0 and "samples        12" in out, err
 
 
 def test_no_such_repository(hub, home):

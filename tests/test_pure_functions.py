@@ -215,6 +215,11 @@ def test_prompt_takes_any_text(task, history, skill):
 GOOD = {"user_prompt": "Can you grab the pink brick?", "robot_utterance": "Sure, I'll take it."}
 
 
+@pytest.mark.parametrize("said", ["Sure", "No", "Now", "Done", "So"])
+def test_short_answers_are_no_echo(said):
+    assert ap.parse_answer(json.dumps({"user_prompt": "Take it.", "robot_utterance": said}))
+
+
 def test_good_answers():
     assert ap.parse_answer(json.dumps(GOOD)) == GOOD
     assert ap.parse_answer(json.dumps(GOOD) + "\nI hope that helps {") == GOOD

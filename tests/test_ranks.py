@@ -14,6 +14,7 @@ import make_demo
 import pytest
 import survival
 from checks import check, content
+from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,18 @@ def test_all_is_dealt_once_in_order_and_evenly(items, world):
     shares = [ap.share(items, rank, world) for rank in range(world)]
     assert list(chain(*shares)) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    def set_environment(environment):
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in TORCHRUN:
+                monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return set_environment
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
@@ -47,13 +60,18 @@ STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
         ({"RANK": "3"}, (0, 1, 0)),
     ],
 )
-def test_ranks_are_told_by_the_launcher(environment, expected, monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in TORCHRUN:
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_ranks_are_told_by_the_launcher(environment, expected, launch):
+    launch(environment)
     assert ap.launched() == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "abc"}, {"RANK": "16"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}]
+)
+def test_ranks_that_make_no_sense(wrong, launch, dataset):
+    launch(TORCHRUN | wrong)
+    code, _, err = run("--data-dir", dataset, "--dry-run")
+    assert code == 2 and err.startswith("error: ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') in the")
 
 
 @pytest.mark.parametrize("gpus, local_rank, expected", [(4, 2, 2), (4, 5, 1), (1, 3, 0)])
@@ -163,6 +181,37 @@ def test_a_rank_that_does_not_come(dataset, model, tmp_path):
     assert "error: rank 2: rank 0 has not begun" in said(output, 2).splitlines()[-1]
     assert exit_codes(start(dataset, model, output, 1)) == [0]
     check(dataset, output)
+
+
+def test_a_slow_rank_is_waited_for(dataset, model, tmp_path):
+    """Those who have finished need not show life."""
+    output = tmp_path / "out"
+    fast = start(dataset, model, output, 3, ranks=[0, 2], silence=3)
+    slow = start(dataset, model, output, 3, ranks=[1], silence=3, slow=0.9)
+    assert exit_codes(fast + slow) == [0, 0, 0]
+    assert len(check(dataset, output)) == SAMPLES
+
+
+def test_a_rank_that_outlives_its_launch(dataset, model, tmp_path):
+    """It is not taken for one of the next launch, and what it still does is no harm."""
+    output = tmp_path / "out"
+    first, orphan, third = start(dataset, model, output, 3, slow=0.4)
+    survival.stop_when(first, lambda: len(survival.journal_lines(output)) > 8, signal.SIGKILL)
+    survival.stop_when(third, lambda: True, signal.SIGKILL)
+    assert exit_codes(start(dataset, model, output, 2)) == [0, 0]
+    assert len(check(dataset, output)) == SAMPLES
+    assert exit_codes([orphan]) == [0] and said(output, 1) == ""
+    assert not Path(f"{output}.partial").exists()
+
+
+def test_a_rank_with_other_settings_takes_no_part(dataset, model, built, tmp_path):
+    other, output = built("bad_tenth", make_demo.make_model, failure_rate=0.1), tmp_path / "out"
+    lead = start(dataset, model, output, 2, ranks=[0], silence=4)
+    odd = start(dataset, other, output, 2, ranks=[1], silence=4)
+    assert exit_codes(lead + odd) == [1, 1]
+    assert "rank [1]: not there after 4 s, with the same settings" in said(output, 0)
+    assert "rank 1: rank 0 has not begun with the same settings" in said(output, 1)
+    assert not survival.journal_lines(output)
 
 
 def test_a_record_of_an_earlier_launch_is_not_followed(dataset, model, tmp_path):

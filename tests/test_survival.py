@@ -142,6 +142,23 @@ def test_an_interrupted_overwrite_goes_on(tmp_path):
     assert read(tmp_path, overwrite=True) == read(tmp_path) == {3: DIALOGUES[3]}
 
 
+def test_a_journal_without_dialogues_binds_nobody(tmp_path):
+    read(tmp_path)
+    assert read(tmp_path, settings=SETTINGS | {"seed": 1}) == {}
+
+
+def test_what_a_kill_in_the_last_clean_up_leaves(dataset, model, tmp_path):
+    output, left = tmp_path / "out", tmp_path / "out.partial"
+    assert annotate(dataset, model, output)[0] == 0
+    (left / "replaced-5" / "meta").mkdir(parents=True)
+    (left / "lock").touch()
+    code, out, _ = annotate(dataset, model, output)
+    assert code == 0 and "finished already" in out and not (left / "replaced-5").exists()
+    (left / "replaced-6").mkdir()
+    code, _, err = annotate(dataset, model, output, "--overwrite")
+    assert code == 0 and "; 0 dialogues are there already" in err and not left.exists()
+
+
 def test_other_settings_keep_the_journal(tmp_path):
     read(tmp_path, add=DIALOGUES)
     with pytest.raises(ap.InputError, match="seed = 0, but this run has 1"):
