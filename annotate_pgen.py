@@ -835,10 +835,12 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def read_frames(meta: Any) -> pd.DataFrame:
     """The frames for plan_samples, checked against the episode table. Raises InputError."""
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
-    files = sorted(meta.root.glob("data/*/*.parquet"))  # LeRobot concatenates them in this order
-    frames = pd.concat([read_parquet(path, names) for path in files], ignore_index=True)
-    whole = frames.notna().all(axis=None)
-    require(whole, f"{meta.root}/data: {names} hold nulls; restore the files")
+    parts, compact = [], dict.fromkeys(set(names) - {"timestamp"}, "int32")  # there may be millions
+    for path in sorted(meta.root.glob("data/*/*.parquet")):  # LeRobot's order
+        part = read_parquet(path, names)
+        require(part.notna().all(axis=None), f"{path}: {names} hold nulls; restore the file")
+        parts.append(part.astype(compact))
+    frames = pd.concat(parts, ignore_index=True)
     found = Counter((e, len(list(run))) for e, run in groupby(frames["episode_index"]))
     promised = Counter(episode_table(meta)["length"].items())
     wrong = sorted(int(episode) for episode, _ in (found - promised) + (promised - found))

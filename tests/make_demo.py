@@ -100,7 +100,7 @@ def make_dataset(
             dataset.add_frame(
                 {"observation.state": position, "action": position, "task": task} | images
             )
-        dataset.save_episode()
+        dataset.save_episode(parallel_encoding=False)  # in forks, now and then one hangs
     dataset.finalize()
     write_skills(root, skills if skills is not None else skills_of(lengths, tasks))
     return root
