@@ -970,7 +970,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def write_dataset(root: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
-    """Write the dataset in `root` plus the new column to `target`, and read every file back.
+    """Write the dataset in `root` plus the new column to `target`, and check what was written.
     Raises RunError that names the file at fault."""
     (tasks, task_indices, annotations), data = results, set(root.glob("data/*/*.parquet"))
     for file in source_files(root):
