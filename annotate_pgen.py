@@ -588,15 +588,18 @@ def count_dialogues(folder: Path) -> int:
 @contextmanager
 def open_journal(path: Path) -> Iterator[Callable[[Dialogues], None]]:
     """A function that puts dialogues on the disk, a line each. Raises RunError."""
-    with path.open("ab", buffering=0) as journal:
+    trouble = f"{path}: cannot be written", "see to the disk and run again", RunError
+    with blaming(*trouble):
+        journal = path.open("ab", buffering=0)
 
-        def save(dialogues: Dialogues) -> None:
-            lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
-            with blaming(f"{path}: cannot be written", "see to the disk and run again", RunError):
-                written = ("\n" + "".join(lines)).encode()  # a crash may have torn the last line
-                require(journal.write(written) == len(written), "the disk is full", OSError)
-                os.fsync(journal.fileno())
+    def save(dialogues: Dialogues) -> None:
+        lines = (json_line({"index": i} | dialogue) for i, dialogue in dialogues.items())
+        with blaming(*trouble):
+            written = ("\n" + "".join(lines)).encode()  # a crash may have torn the last line
+            require(journal.write(written) == len(written), "the disk is full", OSError)
+            os.fsync(journal.fileno())
 
+    with journal:
         yield save
 
 
@@ -1118,7 +1121,8 @@ def ask_hub(call: Callable, **how: Any) -> Any:
         try:
             return call(**how)
         except Exception as error:
-            answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            answers = [getattr(e, "response", None) for e in (error, error.__cause__)]
+            answer = next((a for a in answers if a is not None), None)  # a bad one is not true
             broken = isinstance(error, (ConnectionError, TimeoutError, RuntimeError))
             broken |= type(error).__module__.partition(".")[0] in ("httpx", "requests")
             code = 503 if answer is None and broken else getattr(answer, "status_code", 400)
