@@ -634,6 +634,10 @@ def launched() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def hashed(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
 def share(items: Sequence[Any], rank: int, world: int) -> Sequence[Any]:
     """A rank's share of the items, a stretch of them: ranks do not read the same files."""
     return items[len(items) * rank // world : len(items) * (rank + 1) // world]
@@ -674,10 +678,6 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
         raise
     finally:
         lock.release()
-
-
-def hashed(what: Any) -> str:
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def muster(folder: Path, world: int, settings: dict[str, Any]) -> list[str]:
@@ -1327,6 +1327,8 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
     require(lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; free some on the disk")
     unfinished = output.with_name(output.name + ".partial")
     with lead(unfinished, settings, args.overwrite, samples) as (run, progress.dialogues):
+        done = (output / RECORD).is_file() and not args.overwrite
+        require(not done, f"{output}: another run has just finished it; run the same command again")
         known, seconds = len(progress.dialogues), -time.monotonic()
         tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
         if others := [unfinished / part for part in run["parts"] if part != run["part"]]:
@@ -1350,8 +1352,8 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
             if args.overwrite and (output / RECORD).is_file():
                 output.rename(unfinished / f"replaced-{time.time_ns()}")
             (unfinished / "dataset").rename(output)
-        for done in [*unfinished.glob("dialogues-*"), unfinished / "run.json"]:
-            done.unlink(missing_ok=True)  # first, lest a kill leaves what looks like a journal
+        for file in [*unfinished.glob("dialogues-*"), unfinished / "run.json"]:
+            file.unlink(missing_ok=True)  # first, lest a kill leaves what looks like a journal
         shutil.rmtree(unfinished, ignore_errors=True)
     for sample, why in progress.given_up.items():
         sys.stderr.write(f"given up: {sample}: {why}\n")

@@ -68,10 +68,16 @@ def dialogue_of(number: int) -> dict[str, str]:
 
 def apart(work: Callable, *args: Any) -> Any:
     """Do the work in a fresh process, whose peak memory begins with that of this small one."""
-    spawn, how = multiprocessing.get_context("spawn"), multiprocessing.set_start_method
-    # those that LeRobot 0.4.4 starts in it, for each episode, are to be forked as usual
-    with ProcessPoolExecutor(1, spawn, how, (None, True)) as fresh:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin) as fresh:
         return fresh.submit(work, *args).result()
+
+
+def begin() -> None:
+    import torch
+
+    multiprocessing.set_start_method(None, True)  # LeRobot starts two processes for each episode
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # several wait for each other when anything else runs here
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -292,8 +298,6 @@ def make_rig(device: str, matrix_rate: float, bandwidth: float) -> Rig:
     import transformers as tf
     from PIL import Image
 
-    if device == "cpu":
-        torch.set_num_threads(1)  # several wait for each other when anything else runs here
     names = [name for name, _, _ in make_demo.PICK_AND_PLACE]
     types = "constraint_based", "constraint_acknowledgment"
     prompt = annotate_pgen.construct_prompt(make_demo.TASK, names[:2], names[2], *types)
@@ -333,7 +337,6 @@ def measure_machine() -> tuple[str, float, float]:
     """Device, FLOP/s of a large matrix product, bytes/s (read and written) of a large copy."""
     import torch
 
-    torch.set_num_threads(1)
     gpu = torch.cuda.is_available()
     how = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {"device": "cpu"}
     n, size = (8192, 2**30) if gpu else (2048, 2**27)

@@ -159,6 +159,23 @@ def test_what_a_kill_in_the_last_clean_up_leaves(dataset, model, tmp_path):
     assert code == 0 and "; 0 dialogues are there already" in err and not left.exists()
 
 
+def test_what_another_run_has_just_finished_is_not_made_again(
+    dataset, model, tmp_path, monkeypatch
+):
+    output, lead = tmp_path / "out", ap.lead
+
+    def overtaken(*args):
+        monkeypatch.setattr(ap, "lead", lead)
+        assert annotate(dataset, model, output)[0] == 0
+        return lead(*args)
+
+    monkeypatch.setattr(ap, "lead", overtaken)
+    code, _, err = annotate(dataset, model, output)
+    assert code == 2 and "another run has just finished it" in err
+    check(dataset, output)
+    assert not Path(f"{output}.partial").exists()
+
+
 def test_other_settings_keep_the_journal(tmp_path):
     read(tmp_path, add=DIALOGUES)
     with pytest.raises(ap.InputError, match="seed = 0, but this run has 1"):
