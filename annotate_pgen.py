@@ -254,7 +254,10 @@ def plan_samples(
             stored = float(str(timestamps[i]))  # 0.1, not the float64 nearest to its float32
             sample = Sample(episode_index, row.frame_index, stored, names[rank], names[:rank], task)
             samples.append(replace(sample, index=row.Index, skill_rank=rank))
-    return deal_types(samples, seed), ranks
+    with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
+        dealt = deal_types(samples, seed)
+        Counter(sample.prompt for sample in dealt)  # that can be filled in
+    return dealt, ranks
 
 
 def deal_types(samples: Iterable[Sample], seed: int) -> list[Sample]:
@@ -568,10 +571,15 @@ def annotate_samples(pgen: QwenPgen, pairs: Iterable, limit: int, progress: Prog
         progress.show(batch=min(limit, pgen.batch_limit), again=progress.asked_again)
 
 
-def read_journals(folder: Path) -> Dialogues:
-    """The dialogues in a run's journals, but for lines torn by a crash."""
+def journal_name(rank: int | str, settings: dict[str, Any]) -> str:
+    """A rank that outlives its run must not write among dialogues with other settings."""
+    return f"dialogues-{rank}-{hashed(settings)}.jsonl"
+
+
+def read_journals(folder: Path, names: str = "dialogues-*.jsonl") -> Dialogues:
+    """The dialogues in the journals of these names, but for lines torn by a crash."""
     dialogues = {}
-    for journal in sorted(folder.glob("dialogues-*.jsonl")):
+    for journal in sorted(folder.glob(names)):
         for line in journal.read_bytes().split(b"\n"):
             with suppress(ValueError, KeyError, TypeError):
                 if dialogue := parse_answer(line.decode()):
@@ -601,6 +609,10 @@ def open_journal(path: Path) -> Iterator[Callable[[Dialogues], None]]:
 
     with journal:
         yield save
+
+
+def hashed(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def compare_settings(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -634,10 +646,6 @@ def launched() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def hashed(what: Any) -> str:
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-
-
 def share(items: Sequence[Any], rank: int, world: int) -> Sequence[Any]:
     """A rank's share of the items, a stretch of them: ranks do not read the same files."""
     return items[len(items) * rank // world : len(items) * (rank + 1) // world]
@@ -649,7 +657,7 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
     samples to the ranks in equal parts, once all are there. Yields run.json's content and the
     dialogues. Raises InputError if another run is at it, or had other settings and is not to be
     discarded for a `fresh` one; RunError that names ranks that do not come."""
-    record, lock = folder / "run.json", FileLock(folder / "lock", timeout=0)
+    record, lock, world = folder / "run.json", FileLock(folder / "lock", timeout=0), launched()[1]
     left = re.compile(r"\..*|lock|rank-.*|replaced-\d+")  # what may be left of a finished run
     foreign = any(not left.fullmatch(path.name) for path in folder.glob("*"))
     require(record.is_file() or not foreign, f"{folder}: is no journal; move it away")
@@ -660,24 +668,33 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
         run = read_json(record) if record.is_file() else {}
         goes_on = run.get("settings") == settings and run.get("overwrite")
         if fresh and not goes_on:
-            for path in folder.glob("*.json*"):
+            for path in folder.glob("dialogues-*"):
                 path.unlink()
-        if known := read_journals(folder):
+        if read_journals(folder):
             compare_settings(record, run.get("settings", {}), settings)
-        names = muster(folder, launched()[1], settings)
-        todo = [sample.index for sample in samples if sample.index not in known]
-        parts = {name: share(todo, rank, len(names)) for rank, name in enumerate(names)}
+        known = read_journals(folder, journal_name("*", settings))
         launches = run.get("launches", 0) + 1
-        run = {"settings": settings, "overwrite": fresh, "launches": launches, "parts": parts}
+        run = {"settings": settings, "overwrite": fresh, "launches": launches, "parts": {}}
         with blaming(f"{record}: cannot be written", "see to the disk and run again", RunError):
             write_json(record, run)
-        yield run | {"part": names[0]}, known
+            names = muster(folder, world, settings)
+            todo = [sample.index for sample in samples if sample.index not in known]
+            parts = {name: share(todo, rank, world) for rank, name in enumerate(names)}
+            write_json(record, run | {"parts": parts})
+        yield run | {"parts": parts, "part": names[0]}, known
     except InputError:  # of other settings, or of a model that cannot be loaded
-        if not read_journals(folder):
+        if world == 1 and not read_journals(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         lock.release()
+
+
+def status_name(rank: int | str, settings: dict[str, Any], which: str) -> str:
+    """Of a rank's status file: only the ranks of one launch with one job find each other."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    launch = [os.environ.get(name) for name in names]
+    return f"rank-{rank}-{hashed((settings, launch))}-{which}"
 
 
 def muster(folder: Path, world: int, settings: dict[str, Any]) -> list[str]:
@@ -690,7 +707,7 @@ def muster(folder: Path, world: int, settings: dict[str, Any]) -> list[str]:
         problem = f"rank {lacking}: not there after {SILENCE:.0f} s, with the same settings"
         require(time.monotonic() < patience, f"{problem}; run the same command again", RunError)
         time.sleep(0.1)
-        names = [path.name for path in folder.glob(f"rank-*-{hashed(settings)}-*")]
+        names = [path.name for path in folder.glob(status_name("*", settings, "*"))]
         present |= {int(name.split("-")[1]): name for name in names}
     return [present[rank] for rank in range(world)]
 
@@ -699,7 +716,7 @@ def muster(folder: Path, world: int, settings: dict[str, Any]) -> list[str]:
 def follow(folder: Path, settings: dict, progress: Progress) -> Iterator[dict[str, Any]]:
     """As another rank: wait until rank 0 has dealt, and yield run.json's content. Until the end, a
     thread touches a status file as a sign of life, which then gets the report. Raises RunError."""
-    status = folder / f"rank-{launched()[0]}-{hashed(settings)}-{uuid.uuid4().hex}"
+    status = folder / status_name(launched()[0], settings, uuid.uuid4().hex)
     joined, ended = threading.Event(), threading.Event()
 
     def show_life() -> None:
@@ -876,8 +893,6 @@ def make_plan(
     tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
     frames = read_frames(meta)
     samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
-    with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
-        Counter(sample.prompt for sample in samples)
     for key in dict.fromkeys([*cameras, *meta.video_keys]):  # a file that is cut off still opens
         places = sorted(picture_places(meta, samples, key))
         last = [max(group) for _, group in groupby(places, lambda place: place[0])]
@@ -1141,12 +1156,14 @@ def open_target(target: str, source: str | None, private: bool) -> None:
         ask_hub(api.whoami)
         try:
             known = ask_hub(api.repo_info, repo_id=source, **what) if source else None
-            private = private or bool(known and (known.private or known.gated))
-        except hub_errors.RepositoryNotFoundError:  # it may be there and not be shown to this user
-            private = True
+            hidden = bool(known and (known.private or known.gated))
+        except hub_errors.RepositoryNotFoundError:
+            hidden = True
+        why = "--private is given" if private else f"{source} is private or not shown to this user"
+        private = private or hidden
         ask_hub(api.create_repo, repo_id=target, private=private or None, exist_ok=True, **what)
         shown = private and not ask_hub(api.repo_info, repo_id=target, **what).private
-        require(not shown, "it is public, but this is to be private", ValueError)
+        require(not shown, f"it is public, but {why}; make it private", ValueError)
         # an upload's first step, which changes nothing: to make what is there already is no test
         probe = [hub.CommitOperationAdd("README.md", b"-")]
         ask_hub(api.preupload_lfs_files, repo_id=target, additions=probe, **what)
@@ -1264,7 +1281,9 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         return
     name = args.new_repo_id or (args.repo_id or f"local/{root.name}") + SUFFIX
     require(made or not occupied, f"--output-dir {output}: is not empty; name another folder")
-    if finished := made and not args.overwrite:
+    overwritten = all(made.get(name) == settings[name] for name in settings)
+    overwritten = overwritten and any(unfinished.glob("replaced-*"))  # but not cleaned up after
+    if finished := made and (overwritten or not args.overwrite):
         compare_settings(output / RECORD, made, settings)
     if rank and not finished:
         with follow(unfinished, settings, progress := Progress()) as run:
@@ -1315,7 +1334,7 @@ def generate_part(
     # what has failed before must not be repeated, nor what other ranks draw
     torch.manual_seed(random.Random(f"{args.seed} {run['launches']} {rank}").getrandbits(63))
     pgen = QwenPgen(args.model, device, args.dtype, args.temperature)
-    with open_journal(folder / f"dialogues-{rank}.jsonl") as progress.save:
+    with open_journal(folder / journal_name(rank, run["settings"])) as progress.save:
         generate_dialogues(meta, pgen, plan.camera_keys, todo, args.batch_size, progress)
 
 
@@ -1338,9 +1357,11 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
             generate_part(args, meta, plan, run, unfinished, progress)
             wait_for_ranks(others, progress)
         seconds += time.monotonic()
-        progress.dialogues |= read_journals(unfinished)
-        settled = {s.place for s in samples if s.index in progress.dialogues} | {*progress.given_up}
-        lost = len(samples) - len(settled)
+        progress.dialogues |= read_journals(unfinished, journal_name("*", settings))
+        answered = {s.place for s in samples if s.index in progress.dialogues}
+        for place in answered & {*progress.given_up}:  # a rank of an earlier launch had more luck
+            del progress.given_up[place]
+        lost = len(samples) - len(answered) - len(progress.given_up)
         require(not lost, f"{lost} samples were lost; the same command goes on from here", RunError)
         results = tabulate(plan, progress)
         tqdm.write(f"writing {output}", file=sys.stderr)

@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def apart(work: Callable, *args: Any) -> Any:
 def begin() -> None:
     import torch
 
-    multiprocessing.set_start_method(None, True)  # LeRobot starts two processes for each episode
+    multiprocessing.set_start_method(None, True)  # LeRobot 0.4.4 starts two for each episode
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several wait for each other when anything else runs here
 
@@ -95,15 +95,12 @@ def peak_memory() -> int:
 # ------------------------------------------------------------------------------ around the model
 def around(folder: Path) -> list[Row]:
     """4,000 drawn frames (96x128, av1) of two cameras, both shown to an instant generator."""
-    return apart(compare_ways, folder / "source")
-
-
-def compare_ways(source: Path) -> list[Row]:
     make_demo.quiet_libraries()
     import lerobot.datasets.dataset_tools  # noqa: F401  (all else is imported by drawing)
 
-    make_demo.make_dataset(source, [200] * 20, fps=FPS)
-    obvious = obvious_way(source)
+    source = make_demo.make_dataset(folder / "source", [200] * 20, fps=FPS)
+    with redirect_stderr(StringIO()):  # LeRobot's progress bars
+        obvious = obvious_way(source)
     start = time.perf_counter()
     settings = run(source)
     command = {"way": "annotate_pgen.py, the command", "total s": time.perf_counter() - start}
@@ -210,6 +207,7 @@ def watch_memory(folder: Path) -> list[Row]:
 def draw_rows(root: Path, count: int, in_a_file: int = 1250) -> int:
     """Record an episode and write it `count` times, a row group each as LeRobot does, all of which
     show its video. Returns the bytes of a row group."""
+    import numpy as np
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -218,16 +216,15 @@ def draw_rows(root: Path, count: int, in_a_file: int = 1250) -> int:
     camera = dict([*make_demo.CAMERAS.items()][:1])
     make_demo.make_dataset(root, [LENGTH], FPS, camera, size=(64, 64))
     data, info = next(root.glob("data/*/*.parquet")), root / "meta" / "info.json"
-    table, schema = pq.read_table(data), pq.read_schema(data)
+    one, size = pq.read_table(data), {"row_group_size": LENGTH}
     for first in range(0, count, in_a_file):
-        path = data.with_name(f"file-{first // in_a_file:03}.parquet")
-        with pq.ParquetWriter(path, schema) as writer:
-            for episode in range(first, min(first + in_a_file, count)):
-                rows = range(episode * LENGTH, (episode + 1) * LENGTH)
-                for name, values in (("episode_index", [episode] * LENGTH), ("index", rows)):
-                    place = table.schema.get_field_index(name)
-                    table = table.set_column(place, schema.field(name), pa.array(values))
-                writer.write_table(table, row_group_size=LENGTH)
+        numbers = np.arange(first, min(first + in_a_file, count))
+        table = pa.concat_tables([one] * len(numbers))
+        index = first * LENGTH + np.arange(len(table))
+        for name, values in ("episode_index", numbers.repeat(LENGTH)), ("index", index):
+            place = one.schema.get_field_index(name)
+            table = table.set_column(place, one.schema.field(name), pa.array(values))
+        pq.write_table(table, data.with_name(f"file-{first // in_a_file:03}.parquet"), **size)
     path, numbers = next(root.glob("meta/episodes/*/*.parquet")), pd.RangeIndex(count)
     episodes = pd.concat([pd.read_parquet(path)] * count, ignore_index=True)
     firsts = {"dataset_from_index": numbers * LENGTH, "dataset_to_index": (numbers + 1) * LENGTH}
@@ -236,12 +233,11 @@ def draw_rows(root: Path, count: int, in_a_file: int = 1250) -> int:
     totals = {"total_episodes": count, "total_frames": count * LENGTH}
     info.write_text(json.dumps(json.loads(info.read_text()) | totals))
     make_demo.write_skills(root, make_demo.skills_of([LENGTH] * count))
-    return table.nbytes
+    return one.nbytes
 
 
 # ------------------------------------------------------------------------------------- the model
 ANSWER = 40  # tokens, of every answer
-SIZE = (480, 640)  # height, width of the pictures
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT += ("num_key_value_heads", "vocab_size")
 VISION = ("hidden_size", "depth", "embed_dim", "num_heads")
@@ -265,34 +261,31 @@ class Rig:
     prompt: str
     tokens: int = 0  # of the last prompt, patches of its picture included
     patches: int = 0  # four of them make a token
-    rows: list[Row] = field(default_factory=list)
 
 
 def model(folder: Path) -> list[Row]:
     """One 640x480 picture a sample, in memory; answers of 40 tokens; random weights."""
-    return apart(measure_model, *apart(measure_machine))
+    import torch
 
-
-def measure_model(device: str, *rates: float) -> list[Row]:
-    rig = make_rig(device, *rates)
-    measure(rig, "the obvious way", 1, one_at_a_time)
-    for batch in BATCHES[rig.device]:
-        measure(rig, "annotate_pgen.py", batch, stream)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rig = make_rig(device)
+    rows = [measure(rig, "the obvious way", 1, one_at_a_time)]
+    rows += [measure(rig, "annotate_pgen.py", batch, stream) for batch in BATCHES[device]]
     rig.pgen.model.generation_config.cache_implementation = "static"
-    for batch in STATIC[rig.device]:
+    for batch in STATIC[device]:
         try:
-            measure(rig, "with a static KV cache", batch, stream)
+            rows.append(measure(rig, "with a static KV cache", batch, stream))
         except Exception as error:  # it is compiled, which takes more than torch
-            rig.rows.append({"way": f"static KV cache failed: {error!r:.60}", "batch": batch})
-    if not STATIC[rig.device]:
-        rig.rows.append({"way": "with a static KV cache: not without a GPU"})
-    first = rig.rows[0]["samples/s"]
-    rows = [row | {"times": row.get("samples/s", 0.0) / first} for row in rig.rows]
+            rows.append({"way": f"static KV cache failed: {error!r:.60}", "batch": batch})
+    for row in rows:
+        row["times"] = row.get("samples/s", 0.0) / rows[0]["samples/s"]
+    if not STATIC[device]:
+        rows.append({"way": "(a static KV cache: only on a GPU)"})
     rates = {"TFLOP/s": rig.matrix_rate / 1e12, "GB/s": rig.bandwidth / 1e9}
-    return [*rows, {"way": f"(the roofline, {rig.device})"} | rates]
+    return [*rows, {"way": "(the roofline)"} | rates]
 
 
-def make_rig(device: str, matrix_rate: float, bandwidth: float) -> Rig:
+def make_rig(device: str) -> Rig:
     """A QwenPgen with random weights, by its own constructor, of which only loading is replaced."""
     import torch
     import transformers as tf
@@ -308,8 +301,9 @@ def make_rig(device: str, matrix_rate: float, bandwidth: float) -> Rig:
     text, vision = dict(zip(TEXT, text, strict=True)), dict(zip(VISION, vision, strict=True))
     text["rope_scaling"] = {"type": "mrope", "rope_type": "default", "mrope_section": sections}
     text |= {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = {name: value for name, value in ids if name.endswith("_token_id")}
-    config = tf.Qwen2VLConfig(text_config=text, vision_config=vision, **config)
+    how = {name: value for name, value in ids if name.endswith("_token_id")}
+    how["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    config = tf.Qwen2VLConfig(text_config=text, vision_config=vision, **how)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     kind = tf.AutoModelForImageTextToText
     with torch.device(device):
@@ -320,8 +314,8 @@ def make_rig(device: str, matrix_rate: float, bandwidth: float) -> Rig:
         for part, value in loaded.items():
             stack.enter_context(patch.object(part, "from_pretrained", return_value=value))
         pgen = annotate_pgen.QwenPgen("random", device, str(dtype).removeprefix("torch."))
-    image = Image.fromarray(make_demo.draw_frame(0, 0, 0, SIZE))
-    rig = Rig(device, pgen, matrix_rate, bandwidth, image, prompt)
+    image = Image.fromarray(make_demo.draw_frame(0, 0, 0, (480, 640)))
+    rig = Rig(device, pgen, *machine_rates(device, dtype), image, prompt)
     generate, length = weights.generate, {"min_new_tokens": ANSWER, "max_new_tokens": ANSWER}
 
     def generate_fixed_length(**inputs: Any) -> Any:
@@ -333,26 +327,23 @@ def make_rig(device: str, matrix_rate: float, bandwidth: float) -> Rig:
     return rig
 
 
-def measure_machine() -> tuple[str, float, float]:
-    """Device, FLOP/s of a large matrix product, bytes/s (read and written) of a large copy."""
+def machine_rates(device: str, dtype: Any) -> tuple[float, float]:
+    """FLOP/s of a large matrix product and bytes/s (read and written) of a large copy."""
     import torch
 
-    gpu = torch.cuda.is_available()
-    how = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {"device": "cpu"}
-    n, size = (8192, 2**30) if gpu else (2048, 2**27)
-    a, b = torch.randn(2, n, n, **how)
-    source, target = torch.ones(2, size, **how)
+    n, size = (8192, 2**30) if device == "cuda" else (2048, 2**24)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    source, target = torch.ones(2, size, device=device, dtype=dtype)
 
     def best(work: Callable[[], Any]) -> float:
-        wait = torch.cuda.synchronize if gpu else int
+        wait = torch.cuda.synchronize if device == "cuda" else int
         return min(seconds(lambda: (work(), wait())) for _ in range(10))
 
-    moved = 2 * source.nbytes
-    return how["device"], 2 * n**3 / best(lambda: a @ b), moved / best(lambda: target.copy_(source))
+    return 2 * n**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
-def measure(rig: Rig, way: str, batch: int, work: Callable[[Rig, int, int], None]) -> None:
-    """Add a row: one batch to warm up, then four batches, eight samples at least."""
+def measure(rig: Rig, way: str, batch: int, work: Callable[[Rig, int, int], None]) -> Row:
+    """A row: one batch to warm up, then four batches, eight samples at least."""
     import torch
 
     count, on_gpu = max(8, 4 * batch), rig.device == "cuda"
@@ -367,7 +358,7 @@ def measure(rig: Rig, way: str, batch: int, work: Callable[[Rig, int, int], None
     if rig.pgen.batch_limit < batch:
         row["way"] += f", out of memory: halved to {rig.pgen.batch_limit}"
         rig.pgen.batch_limit = sys.maxsize
-    rig.rows.append(row | {"samples": count, "warm-up s": warm_up})
+    return row | {"samples": count, "warm-up s": warm_up}
 
 
 def least_seconds(rig: Rig, batch: int) -> float:
@@ -459,7 +450,7 @@ def main() -> None:
         os.environ |= {"HF_HOME": f"{home}/hf", "HF_LEROBOT_HOME": f"{home}/lerobot"}
         os.environ |= {"HF_HUB_OFFLINE": "1", "SVT_LOG": "1"}
         for part in args.parts or possible:
-            report[part] = PARTS[part](Path(home, part))
+            report[part] = apart(PARTS[part], Path(home, part))
             print(f"\n{part}: {PARTS[part].__doc__}\n\n{table(report[part])}", flush=True)
     report["seconds"] = time.perf_counter() - start
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -415,6 +415,9 @@ def test_model_that_lacks_weights(dataset, model, tmp_path, refused):
         ("PROMPT", annotate_pgen.PROMPT + '\nSuch as {"user_prompt": "Hi"}'),
         ("PROMPT", annotate_pgen.PROMPT + " {Scenario}"),
         ("RESPONSE_TYPES", {"yes": "It agrees."}),
+        ("SCENARIO_TYPES", {}),
+        ("SCENARIO_TYPES", {"situated_correction": "Corrects."}),
+        ("SUITABLE_RESPONSES", {"implicit_request": ()}),
     ],
 )
 def test_a_prompt_that_cannot_be_filled_in(name, value, dataset, refused, monkeypatch):

@@ -86,7 +86,7 @@ def test_each_rank_has_its_gpu(gpus, local_rank, expected, monkeypatch, tmp_path
     monkeypatch.setattr(ap, "generate_dialogues", lambda *args: None)
     args = ap.parse_args(["--repo-id", "a/b"])
     sample = ap.Sample(0, 0, 0.0, "grasp", (), "tidy up")
-    run = {"parts": {"me": [0]}, "part": "me", "launches": 1}
+    run = {"parts": {"me": [0]}, "part": "me", "launches": 1, "settings": {}}
     ap.generate_part(args, None, ap.Plan([sample], None, []), run, tmp_path, ap.Progress())
     assert asked == [f"cuda:{expected}"]
 
@@ -156,10 +156,11 @@ def test_what_other_ranks_gave_up_is_counted(dataset, built, tmp_path):
 def test_a_killed_rank_and_another_number_of_ranks(dataset, model, tmp_path):
     output = tmp_path / "out"
     first, second, third = start(dataset, model, output, 3, slow=0.15, silence=4)
-    journal = Path(f"{output}.partial", "dialogues-1.jsonl")
-    code = survival.stop_when(
-        second, lambda: journal.exists() and journal.stat().st_size > 0, signal.SIGKILL
-    )
+
+    def has_begun():
+        return any(path.stat().st_size for path in tmp_path.glob("out.partial/dialogues-1-*"))
+
+    code = survival.stop_when(second, has_begun, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert exit_codes([first, third]) == [1, 0]
     assert "error: rank 1: no sign of life for 4 s" in said(output, 0).splitlines()[-1]
@@ -202,6 +203,27 @@ def test_a_rank_that_outlives_its_launch(dataset, model, tmp_path):
     assert len(check(dataset, output)) == SAMPLES
     assert exit_codes([orphan]) == [0] and said(output, 1) == ""
     assert not Path(f"{output}.partial").exists()
+
+
+def test_an_overwrite_that_waits_for_ranks_in_vain_can_be_repeated(dataset, model, tmp_path):
+    output = tmp_path / "out"
+    run = survival.start(dataset, model, output, "--sample-interval", 0.2)
+    survival.stop_when(run, Path(f"{output}.partial/dataset").exists, signal.SIGKILL)
+    again = start(dataset, model, output, 2, ranks=[0], silence=2, flags=["--overwrite"])
+    assert exit_codes(again) == [1]
+    assert exit_codes(start(dataset, model, output, 1, flags=["--overwrite"])) == [0]
+    assert len(check(dataset, output)) == SAMPLES
+
+
+def test_a_rank_0_that_cannot_load_leaves_the_others_their_work(dataset, model, tmp_path):
+    output = tmp_path / "out"
+    lead = start(dataset, model, output, 2, ranks=[0], flags=["--device", "cuda"])
+    other = start(dataset, model, output, 2, ranks=[1], slow=0.5)
+    assert exit_codes(lead + other) == [2, 0]
+    kept = len(survival.journal_lines(output))
+    assert kept > SAMPLES // 3
+    assert exit_codes(start(dataset, model, output, 1)) == [0]
+    assert f"{kept} dialogues are there already" in said(output, 0)
 
 
 def test_a_rank_with_other_settings_takes_no_part(dataset, model, built, tmp_path):

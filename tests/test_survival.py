@@ -92,7 +92,7 @@ def test_a_second_run_is_refused(dataset, model, tmp_path):
 
 def read(folder, settings=SETTINGS, overwrite=False, add=()):
     with ap.lead(folder, settings, overwrite, []) as (_, known):
-        with ap.open_journal(folder / "dialogues-0.jsonl") as save:
+        with ap.open_journal(folder / ap.journal_name(0, settings)) as save:
             for index in add:
                 save({index: add[index]})
         return known | dict(add)
@@ -102,7 +102,7 @@ def test_journal_cut_at_every_byte_of_its_last_line(tmp_path):
     folder = tmp_path / "out.partial"
     read(folder, add=DIALOGUES)
     assert read(folder) == DIALOGUES
-    path = folder / "dialogues-0.jsonl"
+    path = folder / ap.journal_name(0, SETTINGS)
     whole = path.read_bytes()
     last = whole.rindex(b'{"index"')
     more = {12: {"user_prompt": "Stop there.", "robot_utterance": "Okay, stopping."}}
@@ -119,7 +119,7 @@ def test_journal_cut_at_every_byte_of_its_last_line(tmp_path):
 )
 def test_only_a_damaged_line_is_dropped(tmp_path, junk):
     read(tmp_path, add=DIALOGUES)
-    path = tmp_path / "dialogues-0.jsonl"
+    path = tmp_path / ap.journal_name(0, SETTINGS)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], junk, *lines[2:]]))
     assert read(tmp_path) == DIALOGUES
@@ -142,6 +142,14 @@ def test_an_interrupted_overwrite_goes_on(tmp_path):
     assert read(tmp_path, overwrite=True) == read(tmp_path) == {3: DIALOGUES[3]}
 
 
+def test_lines_of_a_rank_with_other_settings_are_not_taken(tmp_path):
+    """It was loading its model when the next run began, and writes later."""
+    read(tmp_path, add={3: DIALOGUES[3]})
+    with ap.open_journal(tmp_path / ap.journal_name(1, SETTINGS | {"model": "b"})) as save:
+        save({7: DIALOGUES[7]})
+    assert read(tmp_path) == {3: DIALOGUES[3]}
+
+
 def test_a_journal_without_dialogues_binds_nobody(tmp_path):
     read(tmp_path)
     assert read(tmp_path, settings=SETTINGS | {"seed": 1}) == {}
@@ -155,6 +163,8 @@ def test_what_a_kill_in_the_last_clean_up_leaves(dataset, model, tmp_path):
     code, out, _ = annotate(dataset, model, output)
     assert code == 0 and "finished already" in out and not (left / "replaced-5").exists()
     (left / "replaced-6").mkdir()
+    code, out, _ = annotate(dataset, model, output, "--overwrite")
+    assert code == 0 and "finished already" in out and not (left / "replaced-6").exists()
     code, _, err = annotate(dataset, model, output, "--overwrite")
     assert code == 0 and "; 0 dialogues are there already" in err and not left.exists()
 
@@ -326,7 +336,7 @@ def test_a_disk_that_fills_up_while_generating(dataset, model, small_disk, monke
     monkeypatch.setattr(ap.QwenPgen, "answer", fill_and_ask)
     code, _, err = annotate(dataset, model, output, "--batch-size", 1, "--sample-interval", 0.1)
     said = err.splitlines()[-1]
-    assert code == 1 and "dialogues-0.jsonl: cannot be written" in said
+    assert code == 1 and "/dialogues-0-" in said and "cannot be written" in said
     assert "No space left" in said or "the disk is full" in said
     kept = len(survival.journal_lines(output))
     filler.unlink()
