@@ -258,7 +258,8 @@ def test_bad_input_is_said_once_if_the_launcher_ends_the_others(tmp_path, datase
     runs[0].join(60)
     assert runs[0].exitcode == 2 and "no such folder" in said(tmp_path / "out", 0)
     log = Path(f"{tmp_path}/out.1.log")
-    assert survival.stop_when(runs[1], log.exists, signal.SIGTERM) == -signal.SIGTERM
+    code = survival.stop_when(runs[1], log.exists, signal.SIGTERM)
+    assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)  # waiting to say it, or still reading
     assert said(tmp_path / "out", 1) == ""
 
 
