@@ -219,7 +219,7 @@ class Plan:
     """The whole job, in dataset order, decided before anything is generated."""
 
     samples: list[Sample]
-    skill_ranks: np.ndarray  # int64 (frames,): rank of each frame's own skill
+    skill_ranks: np.ndarray  # int32 (frames,): rank of each frame's own skill
     camera_keys: list[str]
 
 
@@ -232,32 +232,34 @@ def sampled_frames(seconds: np.ndarray, sample_interval: float, fps: float) -> l
 
 
 def plan_samples(
-    frames: pd.DataFrame, skills: dict, tasks: dict, fps: float, sample_interval: float, seed: int
+    episodes: Iterable, skills: dict, tasks: dict, fps: float, sample_interval: float, seed: int
 ) -> tuple[list[Sample], np.ndarray]:
-    """The frames to sample with what is asked about each, and every frame's skill rank (int64).
-    `frames`: episode_index, frame_index, timestamp (seconds), task_index. A frame's skill is the
-    last that has started, before any the first; `tasks` serve episodes without description."""
-    samples, ranks = [], frames["frame_index"].to_numpy(dtype="int64", copy=True)
-    for episode_index, episode in frames.groupby("episode_index", sort=False):
-        known, timestamps = skills[episode_index], episode["timestamp"].to_numpy()
+    """The frames to sample with what is asked about each, and every frame's skill rank (int32).
+    `episodes`: of each the index and the frames with frame_index, timestamp (seconds), task_index.
+    A frame's skill is the last that has started, before any the first; `tasks` serve episodes
+    without description."""
+    samples, ranks, first = [], [], 0
+    for episode_index, frames in episodes:
+        known, timestamps = skills[episode_index], frames["timestamp"].to_numpy()
         seconds = timestamps.astype("float64") - float(timestamps[0])
         usable = (seconds[1:] >= seconds[:-1]).all() and seconds[-1] < math.inf
         where = f"episode {episode_index}: its timestamps in data/"
         require(usable, f"{where} run backwards or are not finite; correct them")
         names = tuple(skill.name for skill in known.skills)
         started = sum(seconds + 0.1 / fps >= skill.start for skill in known.skills)
-        ranks[episode.index] = (started - 1).clip(0)
+        ranks.append((started - 1).clip(0).astype("int32"))
         positions = sampled_frames(seconds, sample_interval, fps)
-        for i, row in zip(positions, episode.iloc[positions].itertuples(), strict=True):
-            rank, own_task = int(ranks[row.Index]), tasks.get(row.task_index, "")
+        for i, row in zip(positions, frames.iloc[positions].itertuples(), strict=True):
+            rank, own_task = int(ranks[-1][i]), tasks.get(row.task_index, "")
             task = known.description or own_task or known.coarse_description
             stored = float(str(timestamps[i]))  # 0.1, not the float64 nearest to its float32
             sample = Sample(episode_index, row.frame_index, stored, names[rank], names[:rank], task)
-            samples.append(replace(sample, index=row.Index, skill_rank=rank))
+            samples.append(replace(sample, index=first + i, skill_rank=rank))
+        first += len(frames)
     with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
         dealt = deal_types(samples, seed)
         Counter(sample.prompt for sample in dealt)  # that can be filled in
-    return dealt, ranks
+    return dealt, np.concatenate(ranks)
 
 
 def deal_types(samples: Iterable[Sample], seed: int) -> list[Sample]:
@@ -379,9 +381,8 @@ class QwenPgen:
         self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], tries: int = 0
     ) -> list[dict[str, str] | None]:
         """One answer to each prompt about its images, after `tries` earlier ones; None: invalid."""
-        return self.answer(
-            [self.prepare(*pair) for pair in zip(images, prompts, strict=True)], tries
-        )
+        pairs = zip(images, prompts, strict=True)
+        return self.answer([self.prepare(*pair) for pair in pairs], tries)
 
     def prepare(self, images: Sequence[Image.Image], prompt: str) -> dict[str, torch.Tensor]:
         """What the model is given for one sample, on the CPU: tokens (1, length) and pixels."""
@@ -392,8 +393,8 @@ class QwenPgen:
             {"role": "user", "content": [*shown, {"type": "text", "text": asked}]},
             {"role": "assistant", "content": [{"type": "text", "text": PREFILL}]},
         ]
-        template = self.processor.apply_chat_template
-        text = template(turns, tokenize=False, continue_final_message=True)
+        how = {"tokenize": False, "continue_final_message": True}
+        text = self.processor.apply_chat_template(turns, **how)
         pictures = vl_utils.process_vision_info(turns, image_patch_size=patch)[0]
         how = {"do_resize": False, "return_tensors": "pt"}
         return dict(self.processor(text=[text], images=pictures, **how))
@@ -438,7 +439,7 @@ def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple
         return [(videos[s.episode_id], starts[s.episode_id] + s.timestamp) for s in samples]
     files = [(p, pq.read_metadata(p)) for p in sorted(meta.root.glob("data/*/*.parquet"))]
     groups = [(path, number) for path, about in files for number in range(about.num_row_groups)]
-    sizes = [about.row_group(n).num_rows for _, about in files for n in range(about.num_row_groups)]
+    sizes = (about.row_group(n).num_rows for _, about in files for n in range(about.num_row_groups))
     firsts = [0, *accumulate(sizes)]
     holding = [bisect_right(firsts, sample.index) - 1 for sample in samples]
     return [(*groups[g], s.index - firsts[g]) for s, g in zip(samples, holding, strict=True)]
@@ -496,8 +497,7 @@ def open_table(path: Path, key: str) -> Callable[[int, int], Image.Image]:
 def read_samples(meta: Any, samples: Sequence[Sample], camera_keys: Sequence[str]) -> Iterator:
     """Each sample's views, one per camera key; None where one cannot be decoded."""
     views = (read_pictures(meta, picture_places(meta, samples, k), k) for k in camera_keys)
-    for shown in zip(*views, strict=True):
-        yield None if any(view is None for view in shown) else shown
+    return (None if None in shown else shown for shown in zip(*views, strict=True))
 
 
 def read_ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
@@ -849,24 +849,26 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         names = [f.name for f in parquet.schema_arrow if not pa.types.is_struct(f.type)]
         require(COLUMN not in names, f"{path}: has {COLUMN} already; annotate its source")
         groups = (parquet.read_row_group(i, names) for i in range(parquet.num_row_groups))
-        return pa.concat_tables([group.select(columns) for group in groups]).to_pandas()
+        table = pa.concat_tables([group.select(columns) for group in groups])
+        return table.to_pandas(ignore_metadata=True)  # with an index from 0
 
 
-def read_frames(meta: Any) -> pd.DataFrame:
-    """The frames for plan_samples, checked against the episode table. Raises InputError."""
+def read_episodes(meta: Any) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Each episode's index and frames for plan_samples, from one data file after the other, checked
+    against the episode table. Raises InputError."""
+    promised, again = episode_table(meta)["length"].to_dict(), "restore the file"
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
-    parts, compact = [], dict.fromkeys(set(names) - {"timestamp"}, "int32")  # there may be millions
     for path in sorted(meta.root.glob("data/*/*.parquet")):  # LeRobot's order
-        part = read_parquet(path, names)
-        require(part.notna().all(axis=None), f"{path}: {names} hold nulls; restore the file")
-        parts.append(part.astype(compact))
-    frames = pd.concat(parts, ignore_index=True)
-    found = Counter((e, len(list(run))) for e, run in groupby(frames["episode_index"]))
-    promised = Counter(episode_table(meta)["length"].items())
-    wrong = sorted(int(episode) for episode, _ in (found - promised) + (promised - found))
-    problem = f"{meta.root}/data: does not hold the frames of meta/episodes for episode"
-    require(not wrong, f"{problem} {sorted(set(wrong))}; restore the files")
-    return frames
+        table = read_parquet(path, names)
+        require(table.notna().all(axis=None), f"{path}: {names} hold nulls; {again}")
+        episodes, wrong = table.groupby("episode_index", sort=False), []
+        for index, rows in episodes.indices.items():
+            whole = promised.pop(index, None) == len(rows) == rows[-1] - rows[0] + 1
+            wrong += [] if whole else [int(index)]
+        problem = f"{path}: does not hold the frames of meta/episodes for episode"
+        require(not wrong, f"{problem} {sorted(wrong)}; {again}")
+        yield from episodes
+    require(not promised, f"{meta.root}/data: lacks episode {sorted(promised)}; {again}")
 
 
 def make_plan(
@@ -891,8 +893,8 @@ def make_plan(
     cameras = list(camera_keys or colour[:views])
     skills = load_skills(meta.root, list(meta.episodes["episode_index"]))
     tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
-    frames = read_frames(meta)
-    samples, ranks = plan_samples(frames, skills, tasks, meta.fps, sample_interval, seed)
+    about = skills, tasks, meta.fps, sample_interval, seed
+    samples, ranks = plan_samples(read_episodes(meta), *about)
     for key in dict.fromkeys([*cameras, *meta.video_keys]):  # a file that is cut off still opens
         places = sorted(picture_places(meta, samples, key))
         last = [max(group) for _, group in groupby(places, lambda place: place[0])]
@@ -930,21 +932,19 @@ def tabulate(plan: Plan, progress: Progress) -> Results:
     row: from a sample to the next, that of the dialogue which assign_dialogues has chosen."""
     samples, dialogues = plan.samples, progress.dialogues
     answered = [position for position, s in enumerate(samples) if s.index in dialogues]
-    carried, late = assign_dialogues(samples, answered), 0
+    carried = assign_dialogues(samples, answered)
     lines = [samples[i].annotated(dialogues[samples[i].index]) for i in answered]
     table = pd.DataFrame(lines).rename(columns={"skill_current": "skill"})
     table = table[["user_prompt", "robot_utterance", "skill", "scenario_type", "response_type"]]
     rows = table.groupby(list(table), sort=False).ngroup().tolist()  # counted as first seen
     tasks = table.drop_duplicates(ignore_index=True)
     tasks.insert(0, "task_index", range(len(tasks)))
-    row_of, task_indices = dict(zip(answered, rows, strict=True)), np.empty_like(plan.skill_ranks)
-    ends = [*(sample.index for sample in samples[1:]), len(task_indices)]
-    for sample, end, c in zip(samples, ends, carried, strict=True):
-        span = slice(sample.index, end)
-        shown = samples[c] if samples[c].episode_id == sample.episode_id else sample
-        late += int((plan.skill_ranks[span] > shown.skill_rank).sum())
-        task_indices[span] = row_of[c]
-    progress.late_share = late / len(task_indices)
+    row_of, count = dict(zip(answered, rows, strict=True)), len(plan.skill_ranks)
+    spans = np.diff([*(sample.index for sample in samples), count])  # frames that carry the same
+    task_indices = np.repeat([row_of[c] for c in carried], spans)
+    shown = ((own, samples[c]) for own, c in zip(samples, carried, strict=True))
+    shown = [s.skill_rank if s.episode_id == own.episode_id else own.skill_rank for own, s in shown]
+    progress.late_share = float((plan.skill_ranks > np.repeat(shown, spans)).mean())
     return tasks, task_indices, [ln | {COLUMN: row} for ln, row in zip(lines, rows, strict=True)]
 
 
@@ -952,27 +952,22 @@ def assign_dialogues(samples: Sequence[Sample], answered: Sequence[int]) -> list
     """For each sample, the position of the one in `answered` whose dialogue its frames carry: it,
     else the nearest earlier one of the episode (with its skill before any other), else the nearest
     later one, else one elsewhere with its skill and task. Raises RunError if there is none."""
-
-    def purpose(i: int) -> tuple[str, str]:
-        return samples[i].skill_current, samples[i].task_description
-
-    lenders, carried, own = {}, [], set(answered)
-    for i in answered:
-        lenders.setdefault(purpose(i), []).append(i)
-    for _, group in groupby(range(len(samples)), lambda i: samples[i].episode_id):
-        positions = list(group)
-        source = {i: i for i in positions if i in own}
-        if not source:
-            fitting = {i: lenders.get(purpose(i)) for i in positions}
-            source = {i: found[i % len(found)] for i, found in fitting.items() if found}
-        for i in positions:
-            near = [i] if i in source else source
-            order = [(j > i, j < i and purpose(j) != purpose(i), abs(j - i), j) for j in near]
-            carried.append(source[min(order)[-1]] if order else -1)
-    hopeless = sorted({s.episode_id for s, c in zip(samples, carried, strict=True) if c < 0})
+    about = [(s.episode_id, s.skill_current, s.task_description) for s in samples]
+    about = pd.DataFrame(about, columns=["episode", "skill", "task"])
+    about["own"] = pd.Series(answered, answered, dtype="float64")
+    lenders = dict(list(about.dropna().groupby(["skill", "task"])["own"]))
+    failed = about.groupby("episode")["own"].transform("count") == 0
+    for i, sample in about[failed].iterrows():
+        if (found := lenders.get((sample["skill"], sample["task"]))) is not None:
+            about.loc[i, "own"] = found.iloc[i % len(found)]
+    carried = about["own"]
+    for shared in (["episode", "skill", "task"], ["episode"]):
+        carried = carried.fillna(about.groupby(shared)["own"].ffill())
+    carried = carried.fillna(about.groupby("episode")["own"].bfill())
+    hopeless = about["episode"][carried.isna()].unique().tolist()
     problem = f"no valid dialogue for episode {hopeless}, nor elsewhere for its skills and task"
     require(not hopeless, f"{problem}; run again, or --overwrite with another --model", RunError)
-    return carried
+    return carried.astype(int).tolist()
 
 
 # ---------------------------------------------------------------------------------------- output
@@ -995,7 +990,7 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
         old, new = root / file, target / file
         with blaming(f"{new}: cannot be written", "see to the disk and run again", RunError):
             new.parent.mkdir(parents=True, exist_ok=True)
-            if old in data:  # in the order of read_frames
+            if old in data:  # in the order of read_episodes
                 task_indices = task_indices[add_column(old, new, task_indices) :]
             elif file == Path("meta", "info.json"):
                 info = read_json(old)
@@ -1007,10 +1002,11 @@ def write_dataset(root: Path, target: Path, results: Results, settings: dict[str
     meta = target / "meta"
     with blaming(f"{meta}: cannot be written", "see to the disk and run again", RunError):
         tasks.to_parquet(meta / "tasks_high_level.parquet")
-        (meta / "syn_annotations.jsonl").write_bytes("".join(map(json_line, annotations)).encode())
+        with (meta / "syn_annotations.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(map(json_line, annotations))
         (target / RECORD).write_text(json.dumps(settings, indent=4), encoding="utf-8")
-        write_card(root, target, results, settings)
-        written = lerobot_dataset.LeRobotDatasetMetadata(f"local/{root.name}", root=target)
+        written = lerobot_dataset.LeRobotDatasetMetadata(settings["name"], root=target)
+        write_card(root, written, results, settings)
         for path in (file for file in needed_files(written) if file.suffix == ".mp4"):
             next(av.open(str(path)).decode(video=0))
 
@@ -1075,9 +1071,9 @@ the rows of two tables collide."""
 RETRY_AFTER = (1, 5, 20, 60, 120)  # seconds
 
 
-def write_card(source: Path, target: Path, results: Results, settings: dict[str, Any]) -> None:
-    """Write README.md in `target`: LeRobot's card, what was added, and the text and metadata
-    (licence, tags, ...) of the one in `source`."""
+def write_card(source: Path, meta: Any, results: Results, settings: dict[str, Any]) -> None:
+    """Write README.md in the new dataset, opened as `meta`: LeRobot's card, what was added, and the
+    text and metadata (licence, tags, ...) of the one in `source`."""
     (tasks, task_indices, annotations), name = results, settings["name"]
     model, origin = settings["model"], settings["source"]
     old, text = hub.DatasetCard("---\n{}\n---\n"), ""
@@ -1101,16 +1097,15 @@ def write_card(source: Path, target: Path, results: Results, settings: dict[str,
     )
     data = old.data.to_dict()
     data.pop("dataset_info", None)  # describes the columns that were
-    info = lerobot_dataset.LeRobotDatasetMetadata(name, root=target).info
     fill = {"dataset_description": added, "paper": PAPER, "license": data.get("license")}
-    card = lerobot_utils.create_lerobot_dataset_card(dataset_info=info, repo_id=name, **fill)
+    card = lerobot_utils.create_lerobot_dataset_card(dataset_info=meta.info, repo_id=name, **fill)
     tags = [data.get("tags")] if isinstance(data.get("tags"), str) else data.get("tags")
     tags = [tag for tag in (tags if isinstance(tags, list) else ()) if isinstance(tag, str)]
     tags = dict.fromkeys([*card.data.tags, "synthetic", *tags])
     data |= {"tags": list(tags)} | ({"source_datasets": [origin]} if origin else {})
     card.data = hub.DatasetCardData(**(card.data.to_dict() | data))
     card.text += f"\n\n---\n\n{text.strip()}\n" if text.strip() else ""
-    (target / "README.md").write_text(str(card), encoding="utf-8")
+    (meta.root / "README.md").write_text(str(card), encoding="utf-8")
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -1174,14 +1169,10 @@ def push(folder: Path, target: str) -> None:
     """Upload a dataset to the Hub and tag it with its version, as LeRobot asks. Raises RunError."""
     api, where = hub.HfApi(), {"repo_id": target, "repo_type": "dataset"}
     tag = read_json(folder / "meta" / "info.json")["codebase_version"]
-    what = {
-        "folder_path": folder,
-        "delete_patterns": "*",
-        "ignore_patterns": [".cache/*", ".gitignore"],
-    }
+    what = {"delete_patterns": "*", "ignore_patterns": [".cache/*", ".gitignore"]} | where
     safe = f"it is safe in {folder}, and the same command, without --overwrite, only uploads"
     with blaming(f"--push-to-hub: {target}", safe, RunError):
-        ask_hub(api.upload_folder, commit_message="Add dialogues", **what, **where)
+        ask_hub(api.upload_folder, folder_path=folder, commit_message="Add dialogues", **what)
         missing = {str(file) for file in source_files(folder) if file.name != ".gitignore"}
         missing -= set(ask_hub(api.list_repo_files, **where))
         require(not missing, f"{sorted(missing)[:3]} did not arrive", OSError)
@@ -1233,74 +1224,92 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--debug", "show the traceback of an error", **switch)
     args = parser.parse_args(argv)
 
-    def named(repo_id: str | None) -> Any:
-        return repo_id is None or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII)
-
-    new_id, form = args.new_repo_id, "is not of the form user/name; correct it"
-    for valid, problem in (
-        (args.repo_id or args.data_dir, "neither --repo-id nor --data-dir: name a dataset"),
-        (named(args.repo_id), f"--repo-id {args.repo_id}: {form}"),
-        (named(new_id), f"--new-repo-id {new_id}: {form}"),
-        (
-            (new_id or "").lower() != (args.repo_id or "/").lower(),
-            f"--new-repo-id {new_id}: is the source; change it",
-        ),
-        (args.num_image_views_per_sample > 0, "--num-image-views-per-sample must be 1 or more"),
-        (0 < args.sample_interval < math.inf, "--sample-interval must be positive and finite"),
-        (0 <= args.temperature < math.inf, "--temperature must be 0 or positive and finite"),
-        (args.batch_size > 0, "--batch-size must be 1 or more"),
-        (
-            args.repo_id or new_id or not args.push_to_hub,
-            "--push-to-hub: no target; add --new-repo-id",
-        ),
-    ):
+    named = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII).fullmatch
+    form = "is not of the form user/name; correct it"
+    source, target = args.repo_id, args.new_repo_id
+    same = source and target and source.lower() == target.lower()
+    for problem, valid in {
+        "neither --repo-id nor --data-dir: name a dataset": source or args.data_dir,
+        f"--repo-id {source}: {form}": source is None or named(source),
+        f"--new-repo-id {target}: {form}": target is None or named(target),
+        f"--new-repo-id {target}: is the source; change it": not same,
+        "--push-to-hub: no target; add --new-repo-id": source or target or not args.push_to_hub,
+        "--num-image-views-per-sample must be 1 or more": args.num_image_views_per_sample > 0,
+        "--sample-interval must be positive and finite": 0 < args.sample_interval < math.inf,
+        "--temperature must be 0 or positive and finite": 0 <= args.temperature < math.inf,
+        "--batch-size must be 1 or more": args.batch_size > 0,
+    }.items():
         require(valid, problem)
     return args
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line comes down to, decided before anything is generated or written."""
+
+    args: argparse.Namespace
+    meta: Any  # LeRobotDatasetMetadata of the source
+    plan: Plan
+    settings: dict[str, Any]  # all that the dialogues depend on
+    output: Path
+    name: str  # of the new dataset, on the Hub
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder of the work, until the output appears whole."""
+        return self.output.with_name(self.output.name + ".partial")
 
 
 def annotate_dataset(args: argparse.Namespace) -> None:
     """The whole job, from the source dataset to the new one. Raises InputError and RunError."""
     rank = launched()[0]
     with blaming(f"{args.data_dir or args.repo_id}: cannot be annotated", "repair the dataset"):
-        root = find_dataset(args.repo_id, args.data_dir, args.revision).resolve()
-        base = lerobot_home.HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
-        output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
-        for folder in (output, unfinished := output.with_name(output.name + ".partial")):
-            overlap = folder.is_relative_to(root) or root.is_relative_to(folder)
-            require(not overlap, f"--output-dir {output}: overlaps the source; name another folder")
-        meta = open_dataset(root, args.repo_id)
-        av.logging.set_level(av.logging.PANIC)  # set by others so far; what is broken we report
-        views, keys = args.num_image_views_per_sample, args.camera_keys
-        plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
-        settings = job_settings(args, meta, plan)
-        made = read_json(output / RECORD) if (output / RECORD).is_file() else {}
+        job = prepare_job(args)
+        output, unfinished, record = job.output, job.unfinished, job.output / RECORD
+        made = read_json(record) if record.is_file() else {}
         occupied = output.exists() and any(output.iterdir() if output.is_dir() else [output])
     if args.dry_run:
         if not rank:
-            print_plan(meta, plan, output)
+            print_plan(job)
         return
-    name = args.new_repo_id or (args.repo_id or f"local/{root.name}") + SUFFIX
     require(made or not occupied, f"--output-dir {output}: is not empty; name another folder")
-    overwritten = all(made.get(name) == settings[name] for name in settings)
-    overwritten = overwritten and any(unfinished.glob("replaced-*"))  # but not cleaned up after
+    replaced = [*unfinished.glob("replaced-*")]  # by a run that was killed before it cleaned up
+    overwritten = replaced and made.items() >= job.settings.items()
     if finished := made and (overwritten or not args.overwrite):
-        compare_settings(output / RECORD, made, settings)
+        compare_settings(record, made, job.settings)
     if rank and not finished:
-        with follow(unfinished, settings, progress := Progress()) as run:
-            generate_part(args, meta, plan, run, unfinished, progress)
+        with follow(unfinished, job.settings, progress := Progress()) as run:
+            generate_part(job, run, progress)
     if rank:
         return
     if args.push_to_hub:
-        open_target(name, args.repo_id, args.private)
+        open_target(job.name, args.repo_id, args.private)
     if finished:
         print(f"finished already, with the same settings: {output}")
-        for old in unfinished.glob("replaced-*"):  # left by a run that was killed at its very end
+        for old in replaced:
             shutil.rmtree(old, ignore_errors=True)
-        rename_dataset(output, made, name)
+        rename_dataset(output, made, job.name)
     else:
-        make_dataset(args, meta, plan, output, settings, name)
+        make_dataset(job)
     if args.push_to_hub:
-        push(output, name)
+        push(output, job.name)
+
+
+def prepare_job(args: argparse.Namespace) -> Job:
+    """Find the source, check it, and plan. Raises InputError."""
+    root = find_dataset(args.repo_id, args.data_dir, args.revision).resolve()
+    base = lerobot_home.HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
+    output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
+    name = args.new_repo_id or (args.repo_id or f"local/{root.name}") + SUFFIX
+    meta = open_dataset(root, args.repo_id)
+    av.logging.set_level(av.logging.PANIC)  # set by others so far; what is broken we report
+    views, keys = args.num_image_views_per_sample, args.camera_keys
+    plan = make_plan(meta, args.sample_interval, views, keys, args.seed)
+    job = Job(args, meta, plan, job_settings(args, meta, plan), output, name)
+    for folder in (output, job.unfinished):
+        overlap = folder.is_relative_to(root) or root.is_relative_to(folder)
+        require(not overlap, f"--output-dir {output}: overlaps the source; name another folder")
+    return job
 
 
 def job_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, Any]:
@@ -1315,62 +1324,45 @@ def job_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, A
     settings = {name: getattr(args, name) for name in names} | {"camera_keys": plan.camera_keys}
     if Path(args.model).is_dir():
         settings["model"] = str(Path(args.model).resolve())
-    for name, what in (("prompt", prompt), ("dataset", state)):
-        settings[name] = hashed(what)
-    return settings
+    return settings | {"prompt": hashed(prompt), "dataset": hashed(state)}
 
 
-def generate_part(
-    args: Any, meta: Any, plan: Plan, run: dict, folder: Path, progress: Progress
-) -> None:
-    """Load the model and generate this rank's part of the plan into its own journal in `folder`."""
+def generate_part(job: Job, run: dict[str, Any], progress: Progress) -> None:
+    """Load the model and generate this rank's part of the plan into a journal of its own."""
     (rank, world, local_rank), part = launched(), set(run["parts"][run["part"]])
-    todo = [sample for sample in plan.samples if sample.index in part]
+    todo = [sample for sample in job.plan.samples if sample.index in part]
     if not todo:
         return
-    device = args.device
+    args, device = job.args, job.args.device
     if device == "cuda" and world > 1:
         device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     # what has failed before must not be repeated, nor what other ranks draw
     torch.manual_seed(random.Random(f"{args.seed} {run['launches']} {rank}").getrandbits(63))
     pgen = QwenPgen(args.model, device, args.dtype, args.temperature)
-    with open_journal(folder / journal_name(rank, run["settings"])) as progress.save:
-        generate_dialogues(meta, pgen, plan.camera_keys, todo, args.batch_size, progress)
+    with open_journal(job.unfinished / journal_name(rank, job.settings)) as progress.save:
+        generate_dialogues(job.meta, pgen, job.plan.camera_keys, todo, args.batch_size, progress)
 
 
-def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict, name: str) -> None:
+def make_dataset(job: Job) -> None:
     """Generate what is missing, write the new dataset, and put it in its place as the last act."""
-    started, progress, root, samples = time.monotonic(), Progress(), meta.root, plan.samples
+    started, progress, root, output = time.monotonic(), Progress(), job.meta.root, job.output
     needed = sum((root / file).stat().st_size for file in source_files(root)) * 1.02 + 16e6
     lack = needed - shutil.disk_usage(next(path for path in output.parents if path.exists())).free
     require(lack < 0, f"--output-dir {output}: lacks {lack / 1e9:.2f} GB; free some on the disk")
-    unfinished = output.with_name(output.name + ".partial")
-    with lead(unfinished, settings, args.overwrite, samples) as (run, progress.dialogues):
-        done = (output / RECORD).is_file() and not args.overwrite
+    unfinished, overwrite = job.unfinished, job.args.overwrite
+    with lead(unfinished, job.settings, overwrite, job.plan.samples) as (run, progress.dialogues):
+        done = (output / RECORD).is_file() and not overwrite
         require(not done, f"{output}: another run has just finished it; run the same command again")
-        known, seconds = len(progress.dialogues), -time.monotonic()
-        tqdm.write(f"loading {args.model}; {known} dialogues are there already", file=sys.stderr)
-        if others := [unfinished / part for part in run["parts"] if part != run["part"]]:
-            progress.count = lambda own: count_dialogues(unfinished)
-        bar = {"initial": known, "unit": "sample", "delay": 1e-3}  # none before the model is there
-        with tqdm(total=len(samples), **bar) as progress.bar:
-            generate_part(args, meta, plan, run, unfinished, progress)
-            wait_for_ranks(others, progress)
-        seconds += time.monotonic()
-        progress.dialogues |= read_journals(unfinished, journal_name("*", settings))
-        answered = {s.place for s in samples if s.index in progress.dialogues}
-        for place in answered & {*progress.given_up}:  # a rank of an earlier launch had more luck
-            del progress.given_up[place]
-        lost = len(samples) - len(answered) - len(progress.given_up)
-        require(not lost, f"{lost} samples were lost; the same command goes on from here", RunError)
-        results = tabulate(plan, progress)
+        known = len(progress.dialogues)
+        seconds = generate_missing(job, run, progress)
+        results = tabulate(job.plan, progress)
         tqdm.write(f"writing {output}", file=sys.stderr)
         shutil.rmtree(unfinished / "dataset", ignore_errors=True)
-        about = settings | {"name": name, "source": args.repo_id, "late": progress.late_share}
-        write_dataset(root, unfinished / "dataset", results, about)
+        about = {"name": job.name, "source": job.args.repo_id, "late": progress.late_share}
+        write_dataset(root, unfinished / "dataset", results, job.settings | about)
         with blaming(f"{output}: cannot be renamed into", "see to it and run again", RunError):
             os.sync()
-            if args.overwrite and (output / RECORD).is_file():
+            if overwrite and (output / RECORD).is_file():
                 output.rename(unfinished / f"replaced-{time.time_ns()}")
             (unfinished / "dataset").rename(output)
         for file in [*unfinished.glob("dialogues-*"), unfinished / "run.json"]:
@@ -1378,7 +1370,7 @@ def make_dataset(args: Any, meta: Any, plan: Plan, output: Path, settings: dict,
         shutil.rmtree(unfinished, ignore_errors=True)
     for sample, why in progress.given_up.items():
         sys.stderr.write(f"given up: {sample}: {why}\n")
-    print_counts(plan, results[2], output)
+    print_counts(job, results[2])
     made, where = len(progress.dialogues) - known, f', root="{output}", video_backend="pyav"'
     print(f"""\
 dialogues      {len(results[2])}, of which {made} generated in this run
@@ -1387,24 +1379,47 @@ asked again    {progress.asked_again}, given up {len(progress.given_up)}
 late frames    {progress.late_share:.1%} carry the dialogue of an earlier skill than their own
 time           {time.monotonic() - started:.1f} s, {made / seconds:.2f} samples/s while generating
 
-{READING % (name, where)}""")
+{READING % (job.name, where)}""")
 
 
-def print_plan(meta: Any, plan: Plan, output: Path) -> None:
-    print(f"episodes       {meta.total_episodes}\ncameras        {', '.join(plan.camera_keys)}")
-    print_counts(plan, map(vars, plan.samples), output)
-    for s in {sample.scenario_type: sample for sample in reversed(plan.samples)}.values():
+def generate_missing(job: Job, run: dict[str, Any], progress: Progress) -> float:
+    """As rank 0: generate a part of the missing dialogues, wait for those of the other ranks, and
+    collect all. Returns the seconds. Raises RunError."""
+    samples, unfinished, start = job.plan.samples, job.unfinished, time.monotonic()
+    known = len(progress.dialogues)
+    tqdm.write(f"loading {job.args.model}; {known} dialogues are there already", file=sys.stderr)
+    if others := [unfinished / part for part in run["parts"] if part != run["part"]]:
+        progress.count = lambda own: count_dialogues(unfinished)
+    bar = {"initial": known, "unit": "sample", "delay": 1e-3}  # none before the model is there
+    with tqdm(total=len(samples), **bar) as progress.bar:
+        generate_part(job, run, progress)
+        wait_for_ranks(others, progress)
+    seconds = time.monotonic() - start
+    progress.dialogues |= read_journals(unfinished, journal_name("*", job.settings))
+    answered = {s.place for s in samples if s.index in progress.dialogues}
+    for place in answered & {*progress.given_up}:  # a rank of an earlier launch had more luck
+        del progress.given_up[place]
+    lost = len(samples) - len(answered) - len(progress.given_up)
+    require(not lost, f"{lost} samples were lost; the same command goes on from here", RunError)
+    return seconds
+
+
+def print_plan(job: Job) -> None:
+    print(f"episodes       {job.meta.total_episodes}")
+    print(f"cameras        {', '.join(job.plan.camera_keys)}")
+    print_counts(job, map(vars, job.plan.samples))
+    for s in {sample.scenario_type: sample for sample in reversed(job.plan.samples)}.values():
         print(f"\nprompt for {s.place}:\n\n{s.prompt}")
     print(f"\nThe answer begins with: {PREFILL}")
 
 
-def print_counts(plan: Plan, annotations: Iterable[dict[str, Any]], output: Path) -> None:
-    print(f"new dataset    {output}\nframes         {len(plan.skill_ranks)}")
-    print(f"samples        {len(plan.samples)}")
+def print_counts(job: Job, annotations: Iterable[dict[str, Any]]) -> None:
+    print(f"new dataset    {job.output}\nframes         {len(job.plan.skill_ranks)}")
+    print(f"samples        {len(job.plan.samples)}")
     entries = list(annotations)
-    for name in ("scenario", "response"):
-        counts = sorted(Counter(entry[f"{name}_type"] for entry in entries).items())
-        print(f"{name + 's':14}", ", ".join(f"{kind} {count}" for kind, count in counts))
+    for kind in PAIRED:
+        counts = sorted(Counter(entry[kind] for entry in entries).items())
+        print(f"{kind.replace('_type', 's'):14}", ", ".join(f"{k} {n}" for k, n in counts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

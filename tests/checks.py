@@ -124,7 +124,8 @@ def check(source, output, sampled=True):
 
     indices = high_level(output)
     lines = annotations(output)
-    frames = annotate_pgen.read_frames(LeRobotDataset("a/b", root=source).meta)
+    episodes = annotate_pgen.read_episodes(LeRobotDataset("a/b", root=source).meta)
+    frames = pd.concat([episode for _, episode in episodes], ignore_index=True)
     position = {(e, f): i for i, e, f in frames[["episode_index", "frame_index"]].itertuples()}
     assert len(indices) == len(frames)
     assert indices.min() == 0 and indices.max() == len(tasks) - 1

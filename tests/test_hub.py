@@ -326,7 +326,7 @@ def test_odd_cards_are_kept_as_text(text, finished, own_dataset, tmp_path):
     import pandas as pd
 
     tasks = pd.read_parquet(output / "meta/tasks_high_level.parquet")
-    ap.write_card(own_dataset, output, (tasks, range(113), lines), settings)
+    ap.write_card(own_dataset, ap.open_dataset(output), (tasks, range(113), lines), settings)
     card = DatasetCard.load(output / "README.md")
     assert text.split("---\n")[-1] in card.text and "LeRobot" in card.data.tags
     assert "| a \\| b # c <script> |" in card.text

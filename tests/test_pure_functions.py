@@ -29,6 +29,10 @@ def table(lengths, fps, offset=0.0, dtype=np.float32):
     return pd.concat(parts, ignore_index=True)
 
 
+def by_episode(frames):
+    return frames.groupby("episode_index", sort=False)
+
+
 def episode_skills(*starts, description="do it"):
     skills = [Skill(NAMES[i % 4], start, start + 1) for i, start in enumerate(starts)]
     return EpisodeSkills(description, tuple(skills), "all of it")
@@ -118,7 +122,7 @@ def test_grid_is_the_first_frame_at_or_after_each_multiple(fps, interval, length
 def test_plan(lengths, fps, interval, offset, starts, seed):
     skills = {e: episode_skills(*sorted(starts)) for e in range(len(lengths))}
     frames = table(lengths, fps, offset)
-    samples, ranks = ap.plan_samples(frames, skills, {}, fps, interval, seed)
+    samples, ranks = ap.plan_samples(by_episode(frames), skills, {}, fps, interval, seed)
     assert len(ranks) == len(frames)
     assert [s.index for s in samples] == sorted({s.index for s in samples})
     first = np.cumsum([0, *lengths])
@@ -145,7 +149,7 @@ def test_skill_boundaries_in_float32():
     skills = [Skill("a", 0, 1)] + [Skill("b", k / 30, 9) for k in range(1, 300)]
     frames = pd.DataFrame({"episode_index": 0, "frame_index": range(300), "timestamp": seconds})
     known = {0: EpisodeSkills("", tuple(skills))}
-    _, ranks = ap.plan_samples(frames.assign(task_index=0), known, {}, 30, 1.0, 0)
+    _, ranks = ap.plan_samples(by_episode(frames.assign(task_index=0)), known, {}, 30, 1.0, 0)
     assert ranks.tolist() == list(range(300))
 
 
@@ -153,9 +157,9 @@ def test_task_of_a_sample():
     frames, tasks = table([3, 3, 3], 10), {0: "even", 1: "odd"}
     skills = {0: episode_skills(0.0), 1: episode_skills(0.0, description="")}
     skills[2] = episode_skills(0.0, description="")
-    samples, _ = ap.plan_samples(frames, skills, tasks, 10, 1.0, 0)
+    samples, _ = ap.plan_samples(by_episode(frames), skills, tasks, 10, 1.0, 0)
     assert [s.task_description for s in samples] == ["do it", "odd", "even"]
-    samples, _ = ap.plan_samples(frames, skills, {}, 10, 1.0, 0)
+    samples, _ = ap.plan_samples(by_episode(frames), skills, {}, 10, 1.0, 0)
     assert [s.task_description for s in samples] == ["do it", "all of it", "all of it"]
 
 
@@ -165,12 +169,12 @@ def test_unusable_timestamps(bad):
     frames.loc[6, "timestamp"] = bad
     skills = {0: episode_skills(0.0), 1: episode_skills(0.0)}
     with pytest.raises(InputError, match="episode 1: its timestamps"):
-        ap.plan_samples(frames, skills, {}, 10, 1.0, 0)
+        ap.plan_samples(by_episode(frames), skills, {}, 10, 1.0, 0)
 
 
 def test_types_are_dealt_evenly():
     skills = {e: episode_skills(0.0, 2.0, 4.0) for e in range(40)}
-    samples, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5, 0)
+    samples, _ = ap.plan_samples(by_episode(table([60] * 40, 10)), skills, {}, 10, 0.5, 0)
     by_skill = defaultdict(Counter)
     for sample in samples:
         if sample.frame_index:
@@ -178,8 +182,8 @@ def test_types_are_dealt_evenly():
     for counted in by_skill.values():
         assert set(counted) == set(ap.SCENARIO_TYPES)
         assert max(counted.values()) - min(counted.values()) <= 1
-    again, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5, 0)
-    other, _ = ap.plan_samples(table([60] * 40, 10), skills, {}, 10, 0.5, seed=1)
+    again, _ = ap.plan_samples(by_episode(table([60] * 40, 10)), skills, {}, 10, 0.5, 0)
+    other, _ = ap.plan_samples(by_episode(table([60] * 40, 10)), skills, {}, 10, 0.5, seed=1)
     assert again == samples != other
 
 

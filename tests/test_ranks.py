@@ -86,8 +86,10 @@ def test_each_rank_has_its_gpu(gpus, local_rank, expected, monkeypatch, tmp_path
     monkeypatch.setattr(ap, "generate_dialogues", lambda *args: None)
     args = ap.parse_args(["--repo-id", "a/b"])
     sample = ap.Sample(0, 0, 0.0, "grasp", (), "tidy up")
-    run = {"parts": {"me": [0]}, "part": "me", "launches": 1, "settings": {}}
-    ap.generate_part(args, None, ap.Plan([sample], None, []), run, tmp_path, ap.Progress())
+    job = ap.Job(args, None, ap.Plan([sample], None, []), {}, tmp_path / "out", "a/b")
+    job.unfinished.mkdir()
+    run = {"parts": {"me": [0]}, "part": "me", "launches": 1}
+    ap.generate_part(job, run, ap.Progress())
     assert asked == [f"cuda:{expected}"]
 
 
