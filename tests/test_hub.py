@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import make_demo
 import pytest
@@ -37,9 +38,12 @@ Recorded in our kitchen.
 
 @pytest.fixture
 def home(monkeypatch):
-    """LeRobot's home, empty before and after."""
+    """LeRobot's home, empty before and after. Neither we nor the client wait between tries."""
     shutil.rmtree(HOME / "lerobot", ignore_errors=True)
     monkeypatch.setattr(ap, "RETRY_AFTER", (0.01,) * 5)
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None)
+    )
     yield HOME / "lerobot"
     shutil.rmtree(HOME / "lerobot", ignore_errors=True)
 
