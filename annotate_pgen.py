@@ -227,8 +227,7 @@ def sampled_frames(seconds: np.ndarray, sample_interval: float, fps: float) -> l
     """Positions of the first frame at or after each multiple of `sample_interval` in `seconds`,
     float64 (frames,) from the first. Up to a tenth of a frame early is on time: stored float32."""
     step = max(sample_interval, 0.5 / fps)  # shorter ones sample every frame too
-    passed = (seconds + 0.1 / fps) // step
-    return [0, *((passed[1:] > passed[:-1]).nonzero()[0] + 1).tolist()]
+    return np.unique((seconds + 0.1 / fps) // step, return_index=True)[1].tolist()
 
 
 def plan_samples(
