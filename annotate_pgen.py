@@ -446,18 +446,18 @@ def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple
 
 def read_pictures(meta: Any, places: Iterable[tuple], key: str) -> Iterator[Image.Image | None]:
     """A camera's RGB picture at each place; None where it cannot be decoded."""
-    opened, look, how = None, None, partial(open_table, key=key)
+    how = partial(open_table, key=key)
     if key in meta.video_keys:
         how = partial(open_video, tolerance=0.5 / meta.fps + 1e-4)
+    opened = lru_cache(1)(how)
     for path, *where in places:
+        picture = None
         for _ in range(2):  # a network drive may fail for a moment
-            picture = None
             try:
-                look = look if path == opened else how(path)
-                opened, picture = path, look(*where)
+                picture = opened(path)(*where)
                 break
             except Exception:  # every decoder has errors of its own
-                opened = None
+                opened.cache_clear()
         yield picture
 
 
