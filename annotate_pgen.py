@@ -50,7 +50,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -892,13 +892,12 @@ def make_plan(
     cameras = list(camera_keys or colour[:views])
     skills = load_skills(meta.root, list(meta.episodes["episode_index"]))
     tasks = {int(index): str(text) for text, index in meta.tasks["task_index"].items()}
-    about = skills, tasks, meta.fps, sample_interval, seed
-    samples, ranks = plan_samples(read_episodes(meta), *about)
+    episodes = read_episodes(meta)
+    samples, ranks = plan_samples(episodes, skills, tasks, meta.fps, sample_interval, seed)
     for key in dict.fromkeys([*cameras, *meta.video_keys]):  # a file that is cut off still opens
-        places = sorted(picture_places(meta, samples, key))
-        last = [max(group) for _, group in groupby(places, lambda place: place[0])]
-        for place, picture in zip(last, read_pictures(meta, last, key), strict=True):
-            problem = f"{place[0]}: the last picture needed of {key} cannot be decoded"
+        last = {place[0]: place for place in sorted(picture_places(meta, samples, key))}
+        for path, picture in zip(last, read_pictures(meta, last.values(), key), strict=True):
+            problem = f"{path}: the last picture needed of {key} cannot be decoded"
             require(picture, f"{problem}; restore the file")
     return Plan(samples, ranks, cameras)
 
