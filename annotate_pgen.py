@@ -932,14 +932,14 @@ def tabulate(plan: Plan, progress: Progress) -> Results:
     answered = [position for position, s in enumerate(samples) if s.index in dialogues]
     carried = assign_dialogues(samples, answered)
     lines = [samples[i].annotated(dialogues[samples[i].index]) for i in answered]
-    table = pd.DataFrame(lines).rename(columns={"skill_current": "skill"})
+    table = pd.DataFrame(lines, answered).rename(columns={"skill_current": "skill"})
     table = table[["user_prompt", "robot_utterance", "skill", "scenario_type", "response_type"]]
-    rows = table.groupby(list(table), sort=False).ngroup().tolist()  # counted as first seen
+    rows = table.groupby(list(table), sort=False).ngroup()  # counted as first seen
     tasks = table.drop_duplicates(ignore_index=True)
     tasks.insert(0, "task_index", range(len(tasks)))
-    row_of, count = dict(zip(answered, rows, strict=True)), len(plan.skill_ranks)
-    spans = np.diff([*(sample.index for sample in samples), count])  # frames that carry the same
-    task_indices = np.repeat([row_of[c] for c in carried], spans)
+    starts = [sample.index for sample in samples]
+    spans = np.diff([*starts, len(plan.skill_ranks)])  # how many frames carry the same
+    task_indices = rows[carried].repeat(spans).to_numpy()
     shown = ((own, samples[c]) for own, c in zip(samples, carried, strict=True))
     shown = [s.skill_rank if s.episode_id == own.episode_id else own.skill_rank for own, s in shown]
     progress.late_share = float((plan.skill_ranks > np.repeat(shown, spans)).mean())
