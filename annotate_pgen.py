@@ -371,9 +371,9 @@ class QwenPgen:
 
     def call_qwen(self, images: Sequence[Image.Image], prompt: str) -> dict[str, str]:
         """A valid dialogue (user_prompt, robot_utterance) about RGB images. Raises RunError."""
-        answers = (self.call_qwen_batch([images], [prompt], n)[0] for n in range(MAX_TRIES))
-        if dialogue := next(filter(None, answers), None):
-            return dialogue
+        for tries in range(MAX_TRIES):
+            if dialogue := self.call_qwen_batch([images], [prompt], tries)[0]:
+                return dialogue
         raise RunError(f"none of {MAX_TRIES} answers of the model was a valid dialogue")
 
     def call_qwen_batch(
