@@ -388,15 +388,14 @@ class QwenPgen:
         patch = self.processor.image_processor.patch_size
         shown = [{"type": "image", "image": view, "max_pixels": MAX_PIXELS} for view in images]
         asked = self.markers.sub(lambda marker: "< " + marker[0][1:], prompt)
-        turns = [
+        chat = [
             {"role": "user", "content": [*shown, {"type": "text", "text": asked}]},
             {"role": "assistant", "content": [{"type": "text", "text": PREFILL}]},
         ]
-        how = {"tokenize": False, "continue_final_message": True}
-        text = self.processor.apply_chat_template(turns, **how)
-        pictures = vl_utils.process_vision_info(turns, image_patch_size=patch)[0]
-        how = {"do_resize": False, "return_tensors": "pt"}
-        return dict(self.processor(text=[text], images=pictures, **how))
+        text = self.processor.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+        pictures = vl_utils.process_vision_info(chat, image_patch_size=patch)[0]
+        inputs = self.processor(text=[text], images=pictures, do_resize=False, return_tensors="pt")
+        return dict(inputs)
 
     def answer(self, batch: Sequence[dict], tries: int = 0) -> list[dict[str, str] | None]:
         """One answer to each prepared sample, after `tries` earlier ones; None: invalid. Out of GPU
