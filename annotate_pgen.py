@@ -780,7 +780,8 @@ def find_dataset(repo_id: str | None, data_dir: Path | None, revision: str | Non
         require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder; check the path")
         return data_dir
     home, skills = lerobot_home.HF_LEROBOT_HOME, Path("meta", "skills.json")
-    local, what = home / repo_id, {"repo_type": "dataset", "cache_dir": home / "hub"}
+    local, what = home / repo_id, {"repo_id": repo_id, "repo_type": "dataset"}
+    fetch = partial(ask_hub, hub.snapshot_download, cache_dir=home / "hub", **what)
     has_copy = not revision and (local / "data").is_dir()
     if has_copy and (local / skills).is_file():
         return local
@@ -788,11 +789,9 @@ def find_dataset(repo_id: str | None, data_dir: Path | None, revision: str | Non
     with suppress(Exception) if has_copy else problem:  # recorded here, it need not be on the Hub
         for version in [revision] if revision else ["v3.0", "main"]:
             with suppress(hub_errors.RevisionNotFoundError):
-                wanted = {"revision": version} | what
-                fetch = partial(ask_hub, hub.snapshot_download, repo_id=repo_id, **wanted)
-                meta = Path(fetch(allow_patterns="meta/*"))
+                meta = Path(fetch(revision=version, allow_patterns="meta/*"))
                 if (meta / skills).is_file() and not has_copy:
-                    return Path(fetch())
+                    return Path(fetch(revision=version))
                 if (meta / skills).is_file():  # LeRobot's copy is older
                     fresh = Path(shutil.copyfile(meta / skills, local / f"{skills}.{os.getpid()}"))
                     return fresh.replace(local / skills).parents[1]
