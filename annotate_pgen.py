@@ -677,9 +677,9 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
             write_json(record, run)
             names = muster(folder, world, settings)
             todo = [sample.index for sample in samples if sample.index not in known]
-            parts = {name: share(todo, rank, world) for rank, name in enumerate(names)}
-            write_json(record, run | {"parts": parts})
-        yield run | {"parts": parts, "part": names[0]}, known
+            run["parts"] = {name: share(todo, rank, world) for rank, name in enumerate(names)}
+            write_json(record, run)
+        yield run | {"part": names[0]}, known
     except InputError:  # of other settings, or of a model that cannot be loaded
         if world == 1 and not read_journals(folder):
             shutil.rmtree(folder, ignore_errors=True)
