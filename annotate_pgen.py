@@ -1072,11 +1072,11 @@ def write_card(source: Path, meta: Any, results: Results, settings: dict[str, An
     text and metadata (licence, tags, ...) of the one in `source`."""
     (tasks, task_indices, annotations), name = results, settings["name"]
     model, origin = settings["model"], settings["source"]
-    old, text = hub.DatasetCard("---\n{}\n---\n"), ""
+    data, text = {}, ""
     with suppress(Exception):  # no card, or one whose metadata cannot be read
         text = (source / "README.md").read_text(encoding="utf-8-sig", errors="replace")
         old = hub.DatasetCard(text, ignore_metadata_errors=True)
-        text = old.text
+        data, text = old.data.to_dict(), old.text
     lines, spoken = pd.DataFrame(annotations), ["skill_current", "user_prompt", "robot_utterance"]
     about = {"generating model": Path(model).name if Path(model).is_absolute() else model}
     about |= {"date": date.today(), "frames": len(task_indices), "dialogues": len(lines)}
@@ -1091,14 +1091,14 @@ def write_card(source: Path, meta: Any, results: Results, settings: dict[str, An
         tables="\n\n".join(map(markdown, tables)),
         reading=READING % (name, ', video_backend="pyav"'),
     )
-    data = old.data.to_dict()
     data.pop("dataset_info", None)  # describes the columns that were
     fill = {"dataset_description": added, "paper": PAPER, "license": data.get("license")}
     card = lerobot_utils.create_lerobot_dataset_card(dataset_info=meta.info, repo_id=name, **fill)
-    tags = [data.get("tags")] if isinstance(data.get("tags"), str) else data.get("tags")
-    tags = [tag for tag in (tags if isinstance(tags, list) else ()) if isinstance(tag, str)]
-    tags = dict.fromkeys([*card.data.tags, "synthetic", *tags])
-    data |= {"tags": list(tags)} | ({"source_datasets": [origin]} if origin else {})
+    given = data.get("tags")
+    given = given if isinstance(given, list) else [given]
+    tags = [*card.data.tags, "synthetic", *(tag for tag in given if isinstance(tag, str))]
+    data["tags"] = list(dict.fromkeys(tags))
+    data |= {"source_datasets": [origin]} if origin else {}
     card.data = hub.DatasetCardData(**(card.data.to_dict() | data))
     card.text += f"\n\n---\n\n{text.strip()}\n" if text.strip() else ""
     (meta.root / "README.md").write_text(str(card), encoding="utf-8")
