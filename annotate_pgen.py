@@ -1403,18 +1403,17 @@ def generate_missing(job: Job, run: dict[str, Any], progress: Progress) -> float
 def print_plan(job: Job) -> None:
     print(f"episodes       {job.meta.total_episodes}")
     print(f"cameras        {', '.join(job.plan.camera_keys)}")
-    print_counts(job, map(vars, job.plan.samples))
+    print_counts(job, [vars(sample) for sample in job.plan.samples])
     for s in {sample.scenario_type: sample for sample in reversed(job.plan.samples)}.values():
         print(f"\nprompt for {s.place}:\n\n{s.prompt}")
     print(f"\nThe answer begins with: {PREFILL}")
 
 
-def print_counts(job: Job, annotations: Iterable[dict[str, Any]]) -> None:
+def print_counts(job: Job, annotations: list[dict[str, Any]]) -> None:
     print(f"new dataset    {job.output}\nframes         {len(job.plan.skill_ranks)}")
     print(f"samples        {len(job.plan.samples)}")
-    entries = list(annotations)
     for kind in PAIRED:
-        counts = sorted(Counter(entry[kind] for entry in entries).items())
+        counts = sorted(Counter(entry[kind] for entry in annotations).items())
         print(f"{kind.replace('_type', 's'):14}", ", ".join(f"{k} {n}" for k, n in counts))
 
 
