@@ -860,8 +860,8 @@ def read_episodes(meta: Any) -> Iterator[tuple[int, pd.DataFrame]]:
         require(table.notna().all(axis=None), f"{path}: {names} hold nulls; {again}")
         episodes, wrong = table.groupby("episode_index", sort=False), []
         for index, rows in episodes.indices.items():
-            whole = promised.pop(index, None) == len(rows) == rows[-1] - rows[0] + 1
-            wrong += [] if whole else [int(index)]
+            if not promised.pop(index, None) == len(rows) == rows[-1] - rows[0] + 1:
+                wrong.append(int(index))
         problem = f"{path}: does not hold the frames of meta/episodes for episode"
         require(not wrong, f"{problem} {sorted(wrong)}; {again}")
         yield from episodes
