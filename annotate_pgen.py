@@ -938,9 +938,9 @@ def tabulate(plan: Plan, progress: Progress) -> Results:
     starts = [sample.index for sample in samples]
     spans = np.diff([*starts, len(plan.skill_ranks)])  # how many frames carry the same
     task_indices = rows[carried].repeat(spans).to_numpy()
-    shown = ((own, samples[c]) for own, c in zip(samples, carried, strict=True))
-    shown = [s.skill_rank if s.episode_id == own.episode_id else own.skill_rank for own, s in shown]
-    progress.late_share = float((plan.skill_ranks > np.repeat(shown, spans)).mean())
+    episode, rank = np.array([(s.episode_id, s.skill_rank) for s in samples]).T
+    shown = np.where(episode[carried] == episode, rank[carried], rank)
+    progress.late_share = float((plan.skill_ranks > shown.repeat(spans)).mean())
     return tasks, task_indices, [ln | {COLUMN: row} for ln, row in zip(lines, rows, strict=True)]
 
 
