@@ -198,7 +198,7 @@ class Sample:
     scenario_type: str = ""
     response_type: str = ""
     index: int = 0  # of the frame in the dataset
-    skill_rank: int = 0  # of the skill in its episode, by start
+    skill_rank = property(lambda self: len(self.skill_history))  # of the skill in its episode
 
     @property
     def prompt(self) -> str:
@@ -211,7 +211,7 @@ class Sample:
 
     def annotated(self, dialogue: dict[str, str]) -> dict[str, Any]:
         """Its line of syn_annotations.jsonl, but for the task index, which is not known yet."""
-        return {k: v for k, v in vars(self).items() if k not in ("index", "skill_rank")} | dialogue
+        return {k: v for k, v in vars(self).items() if k != "index"} | dialogue
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def plan_samples(
             task = known.description or own_task or known.coarse_description
             stored = float(str(timestamps[i]))  # 0.1, not the float64 nearest to its float32
             sample = Sample(episode_index, row.frame_index, stored, names[rank], names[:rank], task)
-            samples.append(replace(sample, index=first + i, skill_rank=rank))
+            samples.append(replace(sample, index=first + i))
         first += len(frames)
     with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
         dealt = deal_types(samples, seed)
