@@ -701,12 +701,12 @@ def muster(folder: Path, world: int, settings: dict[str, Any]) -> list[str]:
     for stale in folder.glob("rank-*"):  # a rank that waits makes its own again
         stale.unlink(missing_ok=True)
     present, patience = {0: "rank-0"}, time.monotonic() + SILENCE
-    while lacking := sorted(set(range(world)) - set(present)):
+    while lacking := [rank for rank in range(world) if rank not in present]:
         problem = f"rank {lacking}: not there after {SILENCE:.0f} s, with the same settings"
         require(time.monotonic() < patience, f"{problem}; run the same command again", RunError)
         time.sleep(0.1)
-        names = [path.name for path in folder.glob(status_name("*", settings, "*"))]
-        present |= {int(name.split("-")[1]): name for name in names}
+        for path in folder.glob(status_name("*", settings, "*")):
+            present[int(path.name.split("-")[1])] = path.name
     return [present[rank] for rank in range(world)]
 
 
