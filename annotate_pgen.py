@@ -1351,7 +1351,7 @@ def make_dataset(job: Job) -> None:
         require(not done, f"{output}: another run has just finished it; run the same command again")
         known = len(progress.dialogues)
         seconds = generate_missing(job, run, progress)
-        results = tabulate(job.plan, progress)
+        tasks, _, annotations = results = tabulate(job.plan, progress)
         tqdm.write(f"writing {output}", file=sys.stderr)
         shutil.rmtree(unfinished / "dataset", ignore_errors=True)
         about = {"name": job.name, "source": job.args.repo_id, "late": progress.late_share}
@@ -1366,11 +1366,11 @@ def make_dataset(job: Job) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     for sample, why in progress.given_up.items():
         sys.stderr.write(f"given up: {sample}: {why}\n")
-    print_counts(job, results[2])
+    print_counts(job, annotations)
     made, where = len(progress.dialogues) - known, f', root="{output}", video_backend="pyav"'
     print(f"""\
-dialogues      {len(results[2])}, of which {made} generated in this run
-unique tasks   {len(results[0])}
+dialogues      {len(annotations)}, of which {made} generated in this run
+unique tasks   {len(tasks)}
 asked again    {progress.asked_again}, given up {len(progress.given_up)}
 late frames    {progress.late_share:.1%} carry the dialogue of an earlier skill than their own
 time           {time.monotonic() - started:.1f} s, {made / seconds:.2f} samples/s while generating
