@@ -744,22 +744,22 @@ def follow(folder: Path, settings: dict, progress: Progress) -> Iterator[dict[st
 def wait_for_ranks(statuses: Sequence[Path], progress: Progress) -> None:
     """Wait for the other ranks and add their reports to `progress`. Raises RunError that names
     those who are silent for too long."""
-    seen, reports = {status: (0.0, time.monotonic()) for status in statuses}, {}
-    while waiting := [status for status in statuses if status not in reports]:
-        for status in waiting:
+    waiting = {status: (0.0, time.monotonic()) for status in statuses}  # touched, seen
+    while waiting:
+        for status, (touched, _) in list(waiting.items()):
             with suppress(OSError, ValueError):
-                if status.stat().st_mtime != seen[status][0]:
-                    seen[status] = status.stat().st_mtime, time.monotonic()
-                reports[status] = json.loads(status.read_text(encoding="utf-8"))
-        silent = [s for s in waiting if time.monotonic() - seen[s][1] > SILENCE]
+                if status.stat().st_mtime != touched:
+                    waiting[status] = status.stat().st_mtime, time.monotonic()
+                report = json.loads(status.read_text(encoding="utf-8"))
+                progress.given_up |= report["given_up"]
+                progress.asked_again += report["again"]
+                del waiting[status]
+        silent = [s for s, (_, seen) in waiting.items() if time.monotonic() - seen > SILENCE]
         who = ", ".join(status.name.split("-")[1] for status in silent)
         problem = f"rank {who}: no sign of life for {SILENCE:.0f} s"
         require(not silent, f"{problem}; the same command goes on from here", RunError)
         progress.show()
         time.sleep(0.5)
-    for report in reports.values():
-        progress.given_up |= report["given_up"]
-        progress.asked_again += report["again"]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
