@@ -790,9 +790,9 @@ def find_dataset(repo_id: str | None, data_dir: Path | None, revision: str | Non
         for version in [revision] if revision else ["v3.0", "main"]:
             with suppress(hub_errors.RevisionNotFoundError):
                 meta = Path(fetch(revision=version, allow_patterns="meta/*"))
-                if (meta / skills).is_file() and not has_copy:
-                    return Path(fetch(revision=version))
-                if (meta / skills).is_file():  # LeRobot's copy is older
+                if (meta / skills).is_file():
+                    if not has_copy:  # else it is older than the skills
+                        return Path(fetch(revision=version))
                     fresh = Path(shutil.copyfile(meta / skills, local / f"{skills}.{os.getpid()}"))
                     return fresh.replace(local / skills).parents[1]
         at = f" at --revision {revision}; correct it or" if revision else ";"
