@@ -257,7 +257,7 @@ def plan_samples(
         first += len(frames)
     with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
         dealt = deal_types(samples, seed)
-        Counter(sample.prompt for sample in dealt)  # that can be filled in
+        sum(len(sample.prompt) for sample in dealt)  # that can be filled in
     return dealt, np.concatenate(ranks)
 
 
@@ -656,9 +656,10 @@ def lead(folder: Path, settings: dict, fresh: bool, samples: Sequence[Sample]) -
     dialogues. Raises InputError if another run is at it, or had other settings and is not to be
     discarded for a `fresh` one; RunError that names ranks that do not come."""
     record, lock, world = folder / "run.json", FileLock(folder / "lock", timeout=0), launched()[1]
-    left = re.compile(r"\..*|lock|rank-.*|replaced-\d+")  # what may be left of a finished run
-    foreign = any(not left.fullmatch(path.name) for path in folder.glob("*"))
-    require(record.is_file() or not foreign, f"{folder}: is no journal; move it away")
+    ours = r"\..*|lock|rank-.*|replaced-\d+"  # what may be left of a finished run
+    ours += r"|run\.json|dialogues-.*|dataset" if record.is_file() else ""
+    foreign = any(not re.fullmatch(ours, path.name) for path in folder.glob("*"))
+    require(not foreign, f"{folder}: is no journal; move it away")
     with blaming(f"{folder}: cannot be locked", "wait for the other run or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -919,7 +920,7 @@ def generate_dialogues(
     While the model is at work, a thread decodes and prepares the next two batches."""
     seen = zip(todo, read_samples(meta, todo, keys), strict=True)
     pairs = ((sample, views and pgen.prepare(views, sample.prompt)) for sample, views in seen)
-    with closing(read_ahead(pairs, 2 * min(limit, len(todo)))) as ready:
+    with closing(read_ahead(pairs, 2 * min(limit, len(todo)) or 1)) as ready:
         annotate_samples(pgen, ready, limit, progress)
 
 

@@ -359,9 +359,12 @@ def test_folders_that_would_be_lost(own_dataset, tmp_path, refused):
         assert code == 2 and "overlaps the source" in err and content(source) == before
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
-    code, _, err = annotate(own_dataset, "no-model", tmp_path / "out")
-    assert code == 2 and "is no journal; move it away" in err
-    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
+    for others in ({}, {"run.json": "{}"}, {"run.json": "5 km", "dialogues-1": ""}):
+        for name, text in others.items():
+            (tmp_path / "out.partial" / name).write_text(text)
+        code, _, err = annotate(own_dataset, "no-model", tmp_path / "out")
+        assert code == 2 and "is no journal; move it away" in err
+        assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
 def test_empty_output_folder_is_fine(dataset, model, tmp_path):

@@ -79,6 +79,10 @@ def test_public_functions_as_in_a_notebook(dataset, model):
     plan = annotate_pgen.make_plan(source, sample_interval=2.0)
     tasks, indices, lines = annotate_pgen.generate_synthetic_data(source, pgen, plan)
     assert len(lines) == 3 + 2 + 2 and len(indices) == 113 and indices.max() == len(tasks) - 1
+    known = {sample.index: line for sample, line in zip(plan.samples, lines, strict=True)}
+    progress = annotate_pgen.Progress(known)
+    _, again, _ = annotate_pgen.generate_synthetic_data(source, pgen, plan, progress=progress)
+    assert (again == indices).all(), "nothing is generated that is there"
     image = next(annotate_pgen.read_samples(source.meta, plan.samples, plan.camera_keys))
     line = annotate_pgen.annotate_sample(pgen, image, plan.samples[0])
     assert list(line) == list(lines[0])[:-1]
