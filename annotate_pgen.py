@@ -430,10 +430,16 @@ class QwenPgen:
 
 # ---------------------------------------------------------------------------------------- frames
 def picture_places(meta: Any, samples: Sequence[Sample], key: str) -> list[tuple]:
-    """Each sample's (video, seconds in it, as in LeRobotDataset) or (parquet, row group, row)."""
+    """Each sample's (video, seconds in it, as in LeRobotDataset) or (parquet, row group, row).
+    Raises InputError for seconds in another episode's part of the video."""
     if key in meta.video_keys:
-        videos = episode_files(meta, f"videos/{key}")
-        starts = episode_table(meta)[f"videos/{key}/from_timestamp"].to_dict()
+        videos, table = episode_files(meta, f"videos/{key}"), episode_table(meta)
+        start, slack = table[f"videos/{key}/from_timestamp"], 1 / meta.fps
+        length = table.get(f"videos/{key}/to_timestamp", math.inf) - start + slack
+        starts, lengths = start.to_dict(), length.to_dict()
+        outside = [s.place for s in samples if not -slack <= s.timestamp <= lengths[s.episode_id]]
+        problem = f"{meta.root}: outside the episode's part of {key} lie {outside[:3]}"
+        require(not outside, f"{problem}; correct the timestamps in data/ or in meta/episodes")
         return [(videos[s.episode_id], starts[s.episode_id] + s.timestamp) for s in samples]
     files = [(p, pq.read_metadata(p)) for p in sorted(meta.root.glob("data/*/*.parquet"))]
     groups = [(path, number) for path, about in files for number in range(about.num_row_groups)]
@@ -811,7 +817,9 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
     tables = sorted(tables.glob("*/*.parquet")) or [tables]
     for table in (root / "meta" / "tasks.parquet", *tables):
         read_parquet(table, [])
-    with blaming(f"{info}: LeRobot cannot open the dataset", "repair its meta folder"):
+    with blaming(
+        f"{info}: LeRobot cannot open the dataset", "repair its meta folder (or the disk is full)"
+    ):
         meta = lerobot_dataset.LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
         require(meta.fps > 0, f"{info}: fps is {meta.fps}; correct it")
         needed = needed_files(meta)
@@ -854,11 +862,14 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def read_episodes(meta: Any) -> Iterator[tuple[int, pd.DataFrame]]:
     """Each episode's index and frames for plan_samples, from one data file after the other, checked
     against the episode table. Raises InputError."""
-    promised, again = episode_table(meta)["length"].to_dict(), "restore the file"
+    promised, again = episode_table(meta)["length"].to_dict(), "restore the files"
     names = ["episode_index", "frame_index", "timestamp", "task_index"]
     for path in sorted(meta.root.glob("data/*/*.parquet")):  # LeRobot's order
-        table = read_parquet(path, names)
-        require(table.notna().all(axis=None), f"{path}: {names} hold nulls; {again}")
+        table, extra = read_parquet(path, names), {*pq.read_schema(path).names} - {*meta.features}
+        undescribed = f"{path}: has {sorted(extra)}, which meta/info.json does not describe"
+        require(not extra, f"{undescribed}, so LeRobot cannot read it; add or remove them")
+        holes = table.columns[table.isna().any()].tolist()
+        require(not holes, f"{path}: {holes} hold nulls; {again}")
         episodes, wrong = table.groupby("episode_index", sort=False), []
         for index, rows in episodes.indices.items():
             if not promised.pop(index, None) == len(rows) == rows[-1] - rows[0] + 1:
@@ -1444,7 +1455,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # most likely rank 0 says the same, and the launcher ends this one
         if isinstance(error, KeyboardInterrupt):
-            code, message = 128 + error.args[0], "interrupted; the same command goes on from here"
+            code = 128 + next(iter(error.args), signal.SIGINT)  # none before ours is set
+            message = "interrupted; the same command goes on from here"
             if rank:
                 return code
         elif "--debug" in (argv or sys.argv) or not isinstance(error, (InputError, RunError)):

@@ -260,6 +260,29 @@ def test_timestamps_that_run_backwards(own_dataset, refused):
     assert "episode 1: its timestamps" in refused(own_dataset)
 
 
+def test_timestamps_in_the_next_episode(own_dataset, refused):
+    """LeRobot would show its pictures without a word."""
+    (path,) = own_dataset.glob("data/*/*.parquet")
+    frame = pd.read_parquet(path)
+    late = frame["timestamp"].where(frame["episode_index"] != 1, frame["timestamp"] + 2)
+    frame.assign(timestamp=late.astype("float32")).to_parquet(path)
+    line = refused(own_dataset)
+    assert "outside the episode's part of observation.images.front lie ['episode 1, frame" in line
+    frame.to_parquet(path)
+    (path,) = own_dataset.glob("meta/episodes/*/*.parquet")
+    frame = pd.read_parquet(path)
+    column = "videos/observation.images.wrist/from_timestamp"
+    frame.assign(**{column: frame[column].where(frame.index != 2)}).to_parquet(path)
+    line = refused(own_dataset)
+    assert "outside the episode's part of observation.images.wrist lie ['episode 2, frame" in line
+
+
+def test_a_column_that_lerobot_does_not_know(own_dataset, refused):
+    (path,) = own_dataset.glob("data/*/*.parquet")
+    pd.read_parquet(path).assign(mine=1).to_parquet(path)
+    assert f"{path}: has ['mine'], which meta/info.json does not describe" in refused(own_dataset)
+
+
 def test_no_network(refused):
     line = run_line("--repo-id", "somebody/nothing", "--device", "cpu")
     assert line.startswith("error: --repo-id somebody/nothing: no download")

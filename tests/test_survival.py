@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import survival
 from checks import annotations, check, content
-from conftest import annotate
+from conftest import annotate, run
 
 import annotate_pgen as ap
 
@@ -58,6 +58,17 @@ def test_interrupt_in_a_batch_and_go_on(number, code, dataset, model, tmp_path):
     for entry in kept:
         for key in ("user_prompt", "robot_utterance"):
             assert written[entry["index"]][key] == entry[key]
+
+
+def test_interrupt_at_the_very_start(monkeypatch):
+    """Python's own handler is still in place."""
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ap, "parse_args", interrupted)
+    code, _, err = run("--dry-run")
+    assert code == 130 and err == "error: interrupted; the same command goes on from here\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
