@@ -101,7 +101,8 @@ def blaming(culprit: str, remedy: str, kind: type[Exception] = InputError) -> It
     except (InputError, RunError):
         raise
     except Exception as error:
-        raise kind(f"{culprit}: {str(error) or type(error).__name__:.500}; {remedy}") from error
+        why = str(error).rstrip(".") or type(error).__name__
+        raise kind(f"{culprit}: {why:.500}; {remedy}") from error
 
 
 # ------------------------------------------------------------------------------------ vocabulary
