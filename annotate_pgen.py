@@ -257,6 +257,9 @@ def plan_samples(
             samples.append(replace(sample, index=first + i))
         first += len(frames)
     with blaming("PROMPT or a table of types", "correct it; a brace in PROMPT is doubled"):
+        named = {name for row in SUITABLE_RESPONSES.items() for name in (row[0], *row[1])}
+        unknown = sorted(named - {*SCENARIO_TYPES, *RESPONSE_TYPES})
+        require(not unknown, f"no type is called {unknown}, as in SUITABLE_RESPONSES", ValueError)
         dealt = deal_types(samples, seed)
         sum(len(sample.prompt) for sample in dealt)  # that can be filled in
     return dealt, np.concatenate(ranks)

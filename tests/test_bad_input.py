@@ -444,6 +444,8 @@ def test_model_that_lacks_weights(dataset, model, tmp_path, refused):
         ("SCENARIO_TYPES", {}),
         ("SCENARIO_TYPES", {"situated_correction": "Corrects."}),
         ("SUITABLE_RESPONSES", {"implicit_request": ()}),
+        ("SUITABLE_RESPONSES", {"implicit_reqest": ("confirmation",)}),
+        ("SUITABLE_RESPONSES", {"situated_correction": ("confirmation", "comfort")}),
     ],
 )
 def test_a_prompt_that_cannot_be_filled_in(name, value, dataset, refused, monkeypatch):
