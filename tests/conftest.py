@@ -1,4 +1,4 @@
-"""Fixtures: drawn datasets and checkpoints, built once a session with tests/make_demo.py."""
+"""Fixtures: drawn datasets and checkpoints, built once with tests/make_demo.py."""
 
 import contextlib
 import io
@@ -14,16 +14,20 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from hub_server import HubServer  # noqa: E402
 
-HOME, HUB = Path(tempfile.mkdtemp(prefix="annotate_pgen_")), HubServer()
-os.environ |= {  # read by the libraries when they are imported
-    "HF_HOME": str(HOME / "hf"),
-    "HF_LEROBOT_HOME": str(HOME / "lerobot"),
-    "HF_ENDPOINT": HUB.url,
-    "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "SVT_LOG": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
+HOME = Path(tempfile.mkdtemp(prefix="annotate_pgen_"))
+HUB = HubServer()
+# Read by the libraries when they are imported.
+os.environ.update(
+    HF_HOME=str(HOME / "hf"),
+    HF_LEROBOT_HOME=str(HOME / "lerobot"),
+    HF_ENDPOINT=HUB.url,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    SVT_LOG="1",
+    CUDA_VISIBLE_DEVICES="",
+    # Models this small gain nothing from threads, and processes side by side lose.
+    OMP_NUM_THREADS="1",
+)
 
 import make_demo  # noqa: E402
 
@@ -32,7 +36,10 @@ import annotate_pgen  # noqa: E402
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """Build something once a session: built("name", function, *arguments) -> its folder."""
+    """Build something once a session.
+
+    built("name", function, *arguments) returns the folder that the function filled.
+    """
     folder = tmp_path_factory.mktemp("built")
 
     def build(name, function, *args, **kwargs):
@@ -56,11 +63,20 @@ def model(built):
     return built("model", make_demo.make_model)
 
 
+@pytest.fixture(scope="module")
+def short_prompt():
+    """Ask little: the demo's model reads bytes, and nothing of what it reads counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotate_pgen, "PROMPT", "{skill}, {task}: {scenario}")
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """The stand-in for the Hub that all tests talk to, with somebody logged in."""
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    HUB.unknown.clear()  # other tests ask for models that are not there
+    # Other tests ask for models that are not there.
+    HUB.unknown.clear()
     yield HUB
     HUB.heal()
     assert not HUB.unknown
@@ -74,7 +90,8 @@ def own_dataset(dataset, tmp_path):
 
 def run(*flags):
     """Run the command line in this process: (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = annotate_pgen.main([str(flag) for flag in flags])
     return code, out.getvalue(), err.getvalue()
@@ -82,5 +99,5 @@ def run(*flags):
 
 def annotate(dataset, model, output, *flags):
     """Run the whole job on the CPU: (exit code, stdout, stderr)."""
-    where = ("--data-dir", dataset, "--model", model, "--output-dir", output)
-    return run(*where, "--device", "cpu", "--dtype", "float32", *flags)
+    given = ("--data-dir", dataset, "--model", model, "--output-dir", output)
+    return run(*given, "--device", "cpu", "--dtype", "float32", *flags)

@@ -1,17 +1,20 @@
-"""A stand-in for the Hugging Face Hub on loopback, to test uploads and downloads over HTTP.
+"""A stand-in for the Hugging Face Hub on loopback, to test uploads and downloads.
 
-The real huggingface_hub (0.35 with requests, 1.x with httpx) works with it, and LeRobot on top.
-The client reads its settings when it is imported, so they are given to a new process:
+The real huggingface_hub (0.35 with requests, 1.x with httpx) works with it over HTTP,
+and LeRobot on top. The client reads its settings when it is imported, so they are given
+to a new process:
 
     with HubServer() as hub:
         hub.add_repo("somebody/cubes", folder, tag="v3.0")
         hub.fail("POST", "/commit/", 503)  # the next commit; see Failure
-        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_writer"}
-        subprocess.run([sys.executable, ...], env={**os.environ, **settings, "HF_HOME": ...})
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        settings |= {"HF_TOKEN": "hf_writer", "HF_HOME": ...}
+        subprocess.run([sys.executable, ...], env={**os.environ, **settings})
         assert hub.repos["somebody/cubes"].files("v3.0") == {...} and not hub.unknown
 
-It serves what these clients ask for of dataset repositories: no xet, no multipart uploads, no pull
-requests, and no reading of .gitignore or of what README.md says. Nothing is written to disk.
+It serves what these clients ask for of dataset repositories: no xet, no multipart
+uploads, no pull requests, and no reading of .gitignore or of what README.md says.
+Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ ROUTES: list[tuple[re.Pattern[str], bool, Callable]] = []
 
 
 class HubError(Exception):
-    """The answer is an error. The client chooses its exception by `code`, where there is one."""
+    """The answer is an error. The client chooses its exception by `code`, if any."""
 
-    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
+    def __init__(
+        self, status: int, message: str, code: str = "", **headers: str
+    ) -> None:
         super().__init__(f"{status} {message}")
         self.status, self.body = status, {"error": message}
         self.headers = {"X-Error-Message": message, "X-Error-Code": code, **headers}
@@ -45,12 +50,14 @@ class HubError(Exception):
 
 @dataclass
 class Failure:
-    """What happens to requests whose method and path (unquoted, no query) match the regexes.
+    """What happens to requests whose method and path match the regexes.
 
-    `how` is an HTTP status to answer with (and `headers`), or what becomes of the connection:
+    The path is matched unquoted and without its query. `how` is an HTTP status to
+    answer with (and `headers`), or what becomes of the connection:
     "drop": it is closed once the request is read, and nothing is done,
     "lose": it is closed in place of the answer, when all has been done,
-    "cut": it is closed halfway through the request's body or, without one, through the answer's.
+    "cut": it is closed halfway through the request's body or, without one, through the
+    answer's.
     The first `after` such requests are spared, then the next `times` fail (None: all).
     """
 
@@ -80,10 +87,11 @@ class Repo:
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    lfs: dict[str, bytes] = field(default_factory=dict)  # all uploads, committed or not, by sha256
+    # all uploads, committed or not, by sha256
+    lfs: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, revision: str = "main") -> Commit:
-        """The commit that a branch, a tag or an oid names. Raises HubError if there is none."""
+        """The commit that a branch, a tag or an oid names, or else HubError."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         for commit in self.commits:
             if commit.oid == oid:
@@ -93,7 +101,9 @@ class Repo:
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return self.commit(revision).files
 
-    def add_commit(self, files: dict[str, bytes], title: str, author: str, branch: str) -> Commit:
+    def add_commit(
+        self, files: dict[str, bytes], title: str, author: str, branch: str
+    ) -> Commit:
         self.commits.append(Commit(title, author, files))
         self.branches[branch] = self.commits[-1].oid
         return self.commits[-1]
@@ -104,12 +114,13 @@ def is_lfs(path: str, size: int) -> bool:
 
 
 def describe(path: str, data: bytes) -> dict[str, Any]:
-    """A file as the Hub lists it, with git's id of it: for LFS of the pointer, not the content."""
+    """A file as the Hub lists it, with git's id of it: for LFS, of the pointer."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data)}
     if is_lfs(path, len(data)):
         entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
         version = "version https://git-lfs.github.com/spec/v1"
-        data = f"{version}\noid sha256:{entry['lfs']['oid']}\nsize {len(data)}\n".encode()
+        oid = entry["lfs"]["oid"]
+        data = f"{version}\noid sha256:{oid}\nsize {len(data)}\n".encode()
         entry["lfs"]["pointerSize"] = len(data)
     return {**entry, "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
 
@@ -121,26 +132,33 @@ def content_id(path: str, data: bytes) -> str:
 
 
 class HubServer(ThreadingHTTPServer):
-    """The stand-in. It serves at `url` from the moment it is made until it is closed."""
+    """The stand-in. It serves at `url` from when it is made until it is closed."""
 
     request_queue_size = 64  # a client opens eight connections at once
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.tokens = {"hf_writer": "somebody", "hf_reader": "somebody", "hf_other": "other"}
+        self.tokens = {
+            "hf_writer": "somebody",
+            "hf_reader": "somebody",
+            "hf_other": "other",
+        }
         self.roles = {"hf_reader": "read"}  # of a token, where it is not "write"
-        self.orgs: dict[str, list[str]] = {}  # the organisations that a user may write to
+        self.orgs: dict[str, list[str]] = {}  # those that a user may write to
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []  # (method, path) of those carried out
-        self.failed: list[tuple[str, str, int | str]] = []  # of those made to fail, and how
-        self.unknown: list[str] = []  # those not served, or not well; must be empty after a test
+        # (method, path, how) of those made to fail
+        self.failed: list[tuple[str, str, int | str]] = []
+        # those not served, or not well; must be empty after a test
+        self.unknown: list[str] = []
         self.failures: list[Failure] = []
         self.lock = threading.RLock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
-        self.failures.insert(0, Failure(".*", "", "drop", times=None))  # if a connection is open
+        # if a connection is open
+        self.failures.insert(0, Failure(".*", "", "drop", times=None))
         self.shutdown()
         self.server_close()
 
@@ -151,15 +169,19 @@ class HubServer(ThreadingHTTPServer):
         """Says nothing of a client that went away: that is what is tested."""
 
     def add_repo(
-        self, name: str, folder: Path | None = None, private: bool = False, tag: str | None = None
+        self,
+        name: str,
+        folder: Path | None = None,
+        private: bool = False,
+        tag: str | None = None,
     ) -> Repo:
-        """Creates a repository as the Hub does, and puts the folder's files into it if given."""
+        """Creates a repository as the Hub does, with the folder's files if given."""
         repo, author = Repo(name, private), name.split("/")[0]
         files = {".gitattributes": b"*.parquet filter=lfs diff=lfs merge=lfs -text\n"}
         repo.add_commit(files, "initial commit", author, "main")
         if folder:
             paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-            local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+            local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
             repo.add_commit({**files, **local}, "Upload folder", author, "main")
             large = [data for path, data in local.items() if is_lfs(path, len(data))]
             repo.lfs = {hashlib.sha256(data).hexdigest(): data for data in large}
@@ -170,7 +192,7 @@ class HubServer(ThreadingHTTPServer):
         return repo
 
     def fail(self, *how, **more) -> None:
-        """Takes what Failure does: (method, pattern, how, times=1, after=0, headers=None)."""
+        """Takes what Failure does: method, pattern, how, times=1, after=0, headers."""
         with self.lock:
             self.failures.append(Failure(*how, **more))
 
@@ -182,7 +204,9 @@ class HubServer(ThreadingHTTPServer):
         """What is to happen to this request, which counts for it."""
         with self.lock:
             for failure in self.failures:
-                if not re.fullmatch(failure.method, method) or not re.search(failure.pattern, path):
+                if not re.fullmatch(failure.method, method):
+                    continue
+                if not re.search(failure.pattern, path):
                     continue
                 if failure.after:
                     failure.after -= 1
@@ -193,11 +217,12 @@ class HubServer(ThreadingHTTPServer):
         return None
 
     def owns(self, user: str | None, name: str) -> bool:
-        return user is not None and name.split("/")[0] in (user, *self.orgs.get(user, ()))
+        owner = name.split("/")[0]
+        return user is not None and owner in (user, *self.orgs.get(user, ()))
 
 
 def route(pattern: str, write: bool = False) -> Callable:
-    """Lets a method of Handler answer what matches "METHOD path"; `write`: to the owner only."""
+    """Lets a method of Handler answer "METHOD path"; `write`: to the owner only."""
 
     def register(function: Callable) -> Callable:
         ROUTES.append((re.compile(pattern), write, function))
@@ -207,7 +232,10 @@ def route(pattern: str, write: bool = False) -> Callable:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves one connection. Routes return the answer's body, and may set status and headers."""
+    """Serves one connection.
+
+    Routes return the answer's body, and may set status and headers.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -220,8 +248,10 @@ class Handler(BaseHTTPRequestHandler):
         raw_path, _, query = self.path.partition("?")
         path, length = unquote(raw_path), int(self.headers.get("Content-Length") or 0)
         failure = self.server.failure(self.command, path)
-        how, half = failure and failure.how, 2 if failure and failure.how == "cut" else 1
-        self.body = self.rfile.read(length // half)  # all of it, or an early answer is a reset
+        how = failure and failure.how
+        half = 2 if how == "cut" else 1
+        # all of it, or an early answer is a reset
+        self.body = self.rfile.read(length // half)
         if len(self.body) < length or how == "drop":
             self.close_connection = True
             return
@@ -236,12 +266,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "application/" + ("octet-stream" if body is content else "json")
-        about = {"Content-Length": str(len(content)), "Content-Type": kind, **self.answer_headers}
+        about = {"Content-Length": str(len(content)), "Content-Type": kind}
         self.send_response(self.status)
-        for header in about.items():
+        for header in {**about, **self.answer_headers}.items():
             self.send_header(*header)
         self.end_headers()
-        self.wfile.write(content[: len(content) // half] if self.command != "HEAD" else b"")
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // half])
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request  # noqa: N815
 
@@ -268,35 +299,43 @@ class Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.server.tokens:
             raise HubError(401, "Invalid credentials in Authorization header")
-        self.user, self.role = self.server.tokens.get(token), self.server.roles.get(token, "write")
-        groups = {key: unquote(value) for key, value in match.groupdict().items() if value}
+        self.user = self.server.tokens.get(token)
+        self.role = self.server.roles.get(token, "write")
+        found = match.groupdict()
+        groups = {key: unquote(value) for key, value in found.items() if value}
         if "repo" in groups:
             groups["repo"] = self.accessible(groups["repo"], write)
         return function(self, **groups)
 
     def accessible(self, name: str, write: bool = False) -> Repo:
         repo, owned = self.server.repos.get(name), self.server.owns(self.user, name)
-        # from https the client takes any 401 for a missing repository; from http it needs the code
+        # from https the client takes any 401 for a missing repository; from http it
+        # needs the code
         if repo is None or (repo.private and not owned) or (write and not self.user):
-            raise HubError(404 if self.user else 401, "Repository not found", "RepoNotFound")
+            status = 404 if self.user else 401
+            raise HubError(status, "Repository not found", "RepoNotFound")
         if write and not (owned and self.role == "write"):
             raise HubError(403, "Authorization error.")
         return repo
 
     def check_gate(self, repo: Repo) -> None:
         if repo.gated and not self.server.owns(self.user, repo.name):
-            raise HubError(403 if self.user else 401, "Access is restricted", "GatedRepo")
+            status = 403 if self.user else 401
+            raise HubError(status, "Access is restricted", "GatedRepo")
 
-    # ------------------------------------------------------------------------------- repositories
+    # --------------------------------------------------------------------- repositories
     @route("GET /api/whoami-v2")
     def whoami(self) -> Any:
         if not self.user:
             raise HubError(401, "Invalid username or password.")
-        orgs = [{"type": "org", "name": name} for name in self.server.orgs.get(self.user, ())]
-        auth = {"type": "access_token", "accessToken": {"displayName": "", "role": self.role}}
+        names = self.server.orgs.get(self.user, ())
+        orgs = [{"type": "org", "name": name} for name in names]
+        token = {"displayName": "", "role": self.role}
+        auth = {"type": "access_token", "accessToken": token}
         return {"type": "user", "name": self.user, "orgs": orgs, "auth": auth}
 
-    @route("GET /api/agent-harnesses")  # 1.x asks once, unless HF_HUB_DISABLE_TELEMETRY=1
+    # 1.x asks once, unless HF_HUB_DISABLE_TELEMETRY=1
+    @route("GET /api/agent-harnesses")
     def agent_harnesses(self) -> Any:
         return {"standardEnvVars": [], "harnesses": {}}
 
@@ -311,20 +350,24 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(401, "Invalid username or password.")
         name = f"{order.get('organization') or self.user}/{order['name']}"
         if not self.server.owns(self.user, name) or self.role != "write":
-            raise HubError(403, "You don't have the rights to create a dataset under the namespace")
+            error = "You don't have the rights to create a dataset under the namespace"
+            raise HubError(403, error)
         if order.get("type") != "dataset":
             raise HubError(400, "The stand-in for the Hub has datasets only")
         self.status = 409 if name in self.server.repos else 201
         if self.status == 201:
-            private = order.get("private", order.get("visibility") == "private")  # 0.35, 1.x
+            # 0.35 sends "private", 1.x "visibility"
+            private = order.get("private", order.get("visibility") == "private")
             self.server.add_repo(name, private=private)
-        return {"url": f"{self.server.url}/datasets/{name}", "error": "You already created it"}
+        url = f"{self.server.url}/datasets/{name}"
+        return {"url": url, "error": "You already created it"}
 
     @route(f"GET {API}(/revision/(?P<revision>[^/]+))?")
     def info(self, repo: Repo, revision: str = "main") -> Any:
-        commit, state = repo.commit(revision), {"private": repo.private, "gated": repo.gated}
+        commit = repo.commit(revision)
+        about = {"id": repo.name, "sha": commit.oid, "private": repo.private}
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        return {"id": repo.name, "sha": commit.oid, **state, "tags": [], "siblings": siblings}
+        return {**about, "gated": repo.gated, "tags": [], "siblings": siblings}
 
     @route(f"GET {API}/auth-check(?P<write>/write)?")
     def auth_check(self, repo: Repo, write: str = "") -> Any:
@@ -334,14 +377,19 @@ class Handler(BaseHTTPRequestHandler):
     @route(f"GET {API}/refs")
     def refs(self, repo: Repo) -> Any:
         def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
-            return [{"name": k, "ref": prefix + k, "targetCommit": oid} for k, oid in refs.items()]
+            return [
+                {"name": name, "ref": prefix + name, "targetCommit": oid}
+                for name, oid in refs.items()
+            ]
 
-        branches, tags = listed(repo.branches, "refs/heads/"), listed(repo.tags, "refs/tags/")
+        branches = listed(repo.branches, "refs/heads/")
+        tags = listed(repo.tags, "refs/tags/")
         return {"branches": branches, "tags": tags, "converts": [], "pullRequests": []}
 
     @route(f"POST {API}/tag/(?P<revision>[^/]+)", write=True)
     def create_tag(self, repo: Repo, revision: str) -> Any:
-        return self.add_ref(repo.tags, json.loads(self.body)["tag"], repo.commit(revision))
+        tag = json.loads(self.body)["tag"]
+        return self.add_ref(repo.tags, tag, repo.commit(revision))
 
     @route(f"POST {API}/branch/(?P<branch>[^/]+)", write=True)
     def create_branch(self, repo: Repo, branch: str) -> Any:
@@ -360,7 +408,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(404, f"Invalid rev id: {quote(name)}", "RevisionNotFound")
         return {}
 
-    # ------------------------------------------------------------------------------------ reading
+    # -------------------------------------------------------------------------- reading
     @route(f"GET {API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?")
     def tree(self, repo: Repo, revision: str, folder: str = "") -> Any:
         deep = self.query.get("recursive", [""])[0].lower() == "true"
@@ -368,17 +416,22 @@ class Handler(BaseHTTPRequestHandler):
         found = [entry for entry in entries if entry["path"].startswith(prefix)]
         if folder and not found:
             raise HubError(404, f"{quote(folder)} does not exist", "EntryNotFound")
-        return [entry for entry in found if deep or "/" not in entry["path"][len(prefix) :]]
+        start = len(prefix)
+        return [entry for entry in found if deep or "/" not in entry["path"][start:]]
 
     @route(f"POST {API}/paths-info/(?P<revision>[^/]+)")
     def paths_info(self, repo: Repo, revision: str) -> Any:
         paths = parse_qs(self.body.decode())["paths"]
-        return [entry for entry in self.entries(repo, revision) if entry["path"] in paths]
+        entries = self.entries(repo, revision)
+        return [entry for entry in entries if entry["path"] in paths]
 
     def entries(self, repo: Repo, revision: str) -> list[dict[str, Any]]:
         files = repo.files(revision)
-        folders = {parent.as_posix() for path in files for parent in Path(path).parents} - {"."}
-        listed = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders]
+        folders = {parent.as_posix() for path in files for parent in Path(path).parents}
+        listed = [
+            {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+            for folder in folders - {"."}
+        ]
         listed += [describe(path, data) for path, data in files.items()]
         return sorted(listed, key=lambda entry: entry["path"])
 
@@ -395,20 +448,23 @@ class Handler(BaseHTTPRequestHandler):
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(part[1]), min(int(part[2] or size), size - 1) + 1
             if start >= size:
-                raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
+                about = {"Content-Range": f"bytes */{size}"}
+                raise HubError(416, "Range not satisfiable", **about)
             about["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
             self.status, data = 206, data[start:stop]
         self.answer_headers = about
         return data
 
-    # ------------------------------------------------------------------------------------ writing
+    # -------------------------------------------------------------------------- writing
     @route(f"POST {API}/preupload/(?P<revision>[^/]+)", write=True)
     def preupload(self, repo: Repo, revision: str) -> Any:
         there, files = repo.files(revision), []
-        for path, size in ((file["path"], file["size"]) for file in json.loads(self.body)["files"]):
+        for file in json.loads(self.body)["files"]:
+            path, size = file["path"], file["size"]
             mode = "lfs" if is_lfs(path, size) else "regular"
             oid = content_id(path, there[path]) if path in there else None
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            about = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            files.append({**about, "oid": oid})
         return {"files": files}
 
     @route(rf"POST {PAGE}\.git/info/lfs/objects/batch", write=True)
@@ -430,7 +486,8 @@ class Handler(BaseHTTPRequestHandler):
     @route(f"POST {API}/commit/(?P<revision>[^/]+)", write=True)
     def commit(self, repo: Repo, revision: str) -> Any:
         if revision not in repo.branches:
-            raise HubError(404, f"Invalid rev id: {quote(revision)}", "RevisionNotFound")
+            error = f"Invalid rev id: {quote(revision)}"
+            raise HubError(404, error, "RevisionNotFound")
         files, title = dict(repo.files(revision)), ""
         for line in filter(None, self.body.split(b"\n")):
             key, value = json.loads(line).values()
@@ -446,10 +503,12 @@ class Handler(BaseHTTPRequestHandler):
                 files[path] = repo.lfs[value["oid"]]
             elif key == "deletedFolder":
                 gone = f"{path.rstrip('/')}/"
-                files = {path: data for path, data in files.items() if not path.startswith(gone)}
+                files = {p: d for p, d in files.items() if not p.startswith(gone)}
             elif key != "deletedFile":
                 raise HubError(400, f"{key} {quote(path)} cannot be committed")
             elif files.pop(path, None) is None:
-                raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-        oid, page = repo.add_commit(files, title, self.user, revision).oid, f"/datasets/{repo.name}"
-        return {"commitOid": oid, "commitUrl": f"{self.server.url}{page}/commit/{oid}"}
+                error = "A file with this name doesn't exist"
+                raise HubError(404, error, "EntryNotFound")
+        oid = repo.add_commit(files, title, self.user, revision).oid
+        page = f"{self.server.url}/datasets/{repo.name}"
+        return {"commitOid": oid, "commitUrl": f"{page}/commit/{oid}"}

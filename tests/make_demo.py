@@ -1,26 +1,29 @@
-"""Write a small LeRobot dataset with skills and a Qwen2-VL checkpoint that runs on a laptop.
+"""Write a small LeRobot dataset with skills, and a Qwen2-VL that runs on a laptop.
 
     python tests/make_demo.py outputs/demo
 
 writes
 
-    outputs/demo/dataset   3 drawn episodes with two video cameras, through LeRobot's own writer
-    outputs/demo/model     a real Qwen2-VL by architecture, its weights set rather than trained
+    outputs/demo/dataset   3 drawn episodes with two video cameras, by LeRobot's writer
+    outputs/demo/model     a real Qwen2-VL by architecture, its weights set by hand
 
-so that `annotate_pgen.py` can be tried, and tested, without a download or a GPU. The model is
-blind: it answers any prompt with one of a few fixed dialogues. Its answers show the format of the
-result, not its quality. The tests build their datasets and models with the functions below.
+so that `annotate_pgen.py` can be tried, and tested, without a download or a GPU. The
+model is blind: it answers any prompt with one of a few fixed dialogues. Its answers
+show the format of the result, not its quality. The tests build their datasets and
+models with the functions below.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CAMERAS = {"observation.images.front": "video", "observation.images.wrist": "video"}
@@ -31,25 +34,29 @@ PICK_AND_PLACE = (
 )
 TASK = "pink lego brick into the transparent box"
 
+# What people might say about any step of this task, and replies that suit any of it.
 USER_PROMPTS = (
+    "Could you go over to the pink brick?",
+    "Let's start with the pink brick, please.",
+    "I'd like your hand right at the pink brick.",
     "Can you grab the pink brick?",
-    "The brick should not stay on the table.",
-    "Put the brick away, but gently please.",
-    "I would like a tidy desk.",
-    "No, take the other one instead.",
-    "Could you help me with the lego?",
+    "Leave the box for now, just lift the pink brick.",
+    "I'd like to see the pink brick off the table.",
+    "Please drop the pink brick into the clear box.",
+    "That is high enough, now put the brick into the box.",
+    "It would help to have the pink brick in its box.",
 )
 ROBOT_UTTERANCES = (
-    "Sure, I'll take care of the pink lego brick.",
-    "Just to confirm, you mean the pink one?",
-    "Got it, moving now.",
-    "Okay, I'll be gentle with it.",
+    "Sure, I'll take care of the pink brick.",
+    "Just to confirm, the pink one. I'm on it.",
+    "Got it, the pink brick it is.",
+    "Okay, I'll do just that.",
     "Alright, on my way.",
 )
 
 
 def draw_frame(episode: int, frame: int, camera: int, size: tuple[int, int]):
-    """uint8 array (height, width, 3): a brick that moves over a table, coloured by episode."""
+    """uint8 array (height, width, 3): a brick on a table, coloured by episode."""
     import numpy as np
 
     height, width = size
@@ -74,9 +81,10 @@ def make_dataset(
     skills: dict | None = None,
     repo_id: str = "demo/pick_and_place",
 ) -> Path:
-    """Record `lengths` drawn frames per episode with LeRobot's writer, and add meta/skills.json.
+    """Record drawn episodes of these lengths with LeRobot, and add meta/skills.json.
 
-    `cameras` maps camera keys to "video" or "image"; episode i has task `tasks[i % len(tasks)]`.
+    `cameras` maps camera keys to "video" or "image"; episode i has the task
+    `tasks[i % len(tasks)]`.
     """
     import numpy as np
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -84,7 +92,11 @@ def make_dataset(
     cameras = CAMERAS if cameras is None else cameras
     vector = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
     features = {"observation.state": vector, "action": vector} | {
-        key: {"dtype": kind, "shape": (*size, 3), "names": ["height", "width", "channels"]}
+        key: {
+            "dtype": kind,
+            "shape": (*size, 3),
+            "names": ["height", "width", "channels"],
+        }
         for key, kind in cameras.items()
     }
     dataset = LeRobotDataset.create(repo_id, fps, features, root=root)
@@ -95,21 +107,34 @@ def make_dataset(
     for episode, length in enumerate(lengths):
         for frame in range(length):
             position = np.array([frame / fps, episode], np.float32)
-            images = {key: draw_frame(episode, frame, i, size) for i, key in enumerate(cameras)}
+            images = {
+                key: draw_frame(episode, frame, i, size)
+                for i, key in enumerate(cameras)
+            }
             task = tasks[episode % len(tasks)]
             dataset.add_frame(
-                {"observation.state": position, "action": position, "task": task} | images
+                {"observation.state": position, "action": position, "task": task}
+                | images
             )
-        dataset.save_episode(parallel_encoding=False)  # in forks, now and then one hangs
+        # in forks, now and then one hangs
+        dataset.save_episode(parallel_encoding=False)
     dataset.finalize()
-    write_skills(root, skills if skills is not None else skills_of(lengths, tasks))
+    if skills is None:
+        skills = skills_of(lengths, tasks, fps=fps)
+    write_skills(root, skills)
     return root
 
 
 def skills_of(
-    lengths: Sequence[int], tasks: Sequence[str] = (TASK,), skills=PICK_AND_PLACE
+    lengths: Sequence[int],
+    tasks: Sequence[str] = (TASK,),
+    skills=PICK_AND_PLACE,
+    fps: float = 10,
 ) -> dict:
-    """The content of skills.json as annotate.py writes it: the same skills for every episode."""
+    """The content of skills.json as annotate.py writes it.
+
+    Every episode has the same skills, but for those that would start after its end.
+    """
     return {
         "coarse_description": "tidy up the table",
         "skill_to_task_index": {name: i for i, (name, _, _) in enumerate(skills)},
@@ -117,7 +142,11 @@ def skills_of(
             str(episode): {
                 "episode_index": episode,
                 "description": tasks[episode % len(tasks)],
-                "skills": [{"name": n, "start": start, "end": end} for n, start, end in skills],
+                "skills": [
+                    {"name": name, "start": start, "end": end}
+                    for name, start, end in skills
+                    if start < lengths[episode] / fps
+                ],
             }
             for episode in range(len(lengths))
         },
@@ -126,7 +155,9 @@ def skills_of(
 
 def write_skills(root: Path, skills: dict) -> None:
     """Write `skills` to meta/skills.json of the dataset at `root`."""
-    (root / "meta" / "skills.json").write_text(json.dumps(skills, indent=2), encoding="utf-8")
+    (root / "meta" / "skills.json").write_text(
+        json.dumps(skills, indent=2), encoding="utf-8"
+    )
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -152,7 +183,7 @@ SPECIAL_TOKENS = (
 
 
 def make_tokenizer(phrases: Sequence[str] = ()):
-    """Qwen's byte-level tokenizer with the 256 bytes, its special tokens, and `phrases`."""
+    """Qwen's byte-level tokenizer: 256 bytes, its special tokens, and `phrases`."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import Qwen2TokenizerFast
@@ -173,12 +204,14 @@ def make_tokenizer(phrases: Sequence[str] = ()):
 
 
 def make_processor(tokenizer, family: str = "qwen2_vl"):
-    """The real image processor and processor class of the family ("qwen2_vl" or "qwen3_vl")."""
+    """The real processor of the family, "qwen2_vl" or "qwen3_vl"."""
     import transformers as tf
 
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     patch = 14 if family == "qwen2_vl" else 16
-    fast = "Qwen2VLImageProcessorFast" if tf.__version__ < "5" else "Qwen2VLImageProcessor"
+    fast = (
+        "Qwen2VLImageProcessorFast" if tf.__version__ < "5" else "Qwen2VLImageProcessor"
+    )
     images = getattr(tf, fast)(size=size, patch_size=patch)
     name = "Qwen2VL" if family == "qwen2_vl" else "Qwen3VL"
     videos = getattr(tf, f"{name}VideoProcessor")(size=size, patch_size=patch)
@@ -203,7 +236,8 @@ def make_config(tokenizer, family: str, hidden: int, vocab: int, layers: int):
             "vision_end": "<|vision_end|>",
         }.items()
     }
-    heads = hidden // 16
+    # of 32 numbers: vLLM's attention on a CPU knows no smaller ones
+    heads = hidden // 32
     text = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -216,11 +250,15 @@ def make_config(tokenizer, family: str, hidden: int, vocab: int, layers: int):
         "eos_token_id": tokenizer.eos_token_id,
     }
     if family == "qwen2_vl":
-        text["rope_scaling"] = {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]}
+        text["rope_scaling"] = {
+            "type": "mrope",
+            "rope_type": "default",
+            "mrope_section": [4, 6, 6],
+        }
         vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": hidden}
         return tf.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
-    text["head_dim"] = 16
-    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    text["head_dim"] = 32
+    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [4, 6, 6]}
     vision = {
         "depth": 2,
         "hidden_size": 32,
@@ -236,7 +274,10 @@ def make_config(tokenizer, family: str, hidden: int, vocab: int, layers: int):
 def save_model(path: Path, model, tokenizer, family: str, generation: dict) -> Path:
     from transformers import GenerationConfig
 
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model.generation_config = GenerationConfig(**(ids | generation))
     model.save_pretrained(path)
     make_processor(tokenizer, family).save_pretrained(path)
@@ -244,7 +285,7 @@ def save_model(path: Path, model, tokenizer, family: str, generation: dict) -> P
 
 
 def make_random_model(path: Path, family: str = "qwen2_vl", seed: int = 0) -> Path:
-    """A tiny randomly initialised model whose output depends on every word and pixel (float32)."""
+    """A tiny random model (float32) whose output depends on every word and pixel."""
     import torch
     import transformers as tf
 
@@ -253,50 +294,71 @@ def make_random_model(path: Path, family: str = "qwen2_vl", seed: int = 0) -> Pa
     config = make_config(tokenizer, family, hidden=64, vocab=len(tokenizer), layers=2)
     name = "Qwen2VL" if family == "qwen2_vl" else "Qwen3VL"
     model = getattr(tf, f"{name}ForConditionalGeneration")(config).float()
-    with (
-        torch.no_grad()
-    ):  # the usual 0.02 leaves the picture's share of the logits too small to see
+    # the usual 0.02 leaves the picture's share of the logits too small to see
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return save_model(path, model, tokenizer, family, {})
 
 
-def make_model(path: Path, failure_rate: float = 0.0, generation: dict | None = None) -> Path:
-    """A Qwen2-VL whose next token depends on the last one alone, by a table set by hand.
+def make_model(
+    path: Path,
+    failure_rate: float = 0.0,
+    generation: dict | None = None,
+    label_shares: dict[str, float] | None = None,
+) -> Path:
+    """A Qwen2-VL whose next token depends on the last one alone, by a table.
 
-    Every embedding is one-hot and every block adds nothing, so that `lm_head` is the table: after
-    the opened quote of `{"user_prompt": "` comes a request, then the key of the answer, then an
-    answer, then `"}` and the end. With `failure_rate` the request is as often a broken answer.
-    `generation` goes into the checkpoint's generation_config.json.
+    Every embedding is one-hot and every block adds nothing, so that `lm_head` is the
+    table. After `assistant` and a new line, where a turn of its own begins, comes
+    `{"user_prompt": "`, with which QwenPgen opens the turn; then a request, then the
+    key of the answer, then an answer, then `"}` and the end. With `failure_rate` the
+    request is as often a broken answer. `generation` goes into the checkpoint's
+    generation_config.json.
+
+    Where QwenPgen asks a question of --verify, it compares the letters alone, and
+    `label_shares` has their probabilities: by default A is the likeliest. The likeliest
+    letter that an option has counts, so that just the user prompts are recovered whose
+    skill it stands for. A server, which writes the likeliest token of all, answers with
+    no letter.
     """
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    middle, closing, broken = '", "robot_utterance": "', '"}', "I am only a language model"
-    tokenizer = make_tokenizer([*USER_PROMPTS, *ROBOT_UTTERANCES, middle, closing, broken])
+    opening = '{"user_prompt": "'
+    middle = '", "robot_utterance": "'
+    closing = '"}'
+    broken = "I am only a language model"
+    phrases = [*USER_PROMPTS, *ROBOT_UTTERANCES, opening, middle, closing, broken]
+    tokenizer = make_tokenizer(phrases)
     token = tokenizer.convert_tokens_to_ids
     vocab = -(-len(tokenizer) // 64) * 64
     torch.manual_seed(0)
     config = make_config(tokenizer, "qwen2_vl", hidden=vocab, vocab=vocab, layers=1)
     model = Qwen2VLForConditionalGeneration(config).float()
 
-    table = torch.full((vocab, vocab), float("-inf"))  # [last token, next token] -> log probability
+    # [last token, next token] -> log probability
+    table = torch.full((vocab, vocab), float("-inf"))
     table[:, tokenizer.eos_token_id] = 0.0
-    start = tokenizer('"')["input_ids"][-1]
+    new_turn = tokenizer("\n")["input_ids"][-1]
 
     def follow(last: int, following: Sequence[str], share: float = 1.0) -> None:
         if share > 0:
             table[last, tokenizer.eos_token_id] = float("-inf")
-            table[last, token(list(following))] = torch.tensor(share / len(following)).log()
+            each = torch.tensor(share / len(following))
+            table[last, token(list(following))] = each.log()
 
-    follow(start, USER_PROMPTS, 1 - failure_rate)
-    follow(start, [broken], failure_rate)
+    follow(new_turn, [opening])
+    follow(token(opening), USER_PROMPTS, 1 - failure_rate)
+    follow(token(opening), [broken], failure_rate)
     for prompt in USER_PROMPTS:
         follow(token(prompt), [middle])
     follow(token(middle), ROBOT_UTTERANCES)
     for utterance in ROBOT_UTTERANCES:
         follow(token(utterance), [closing])
+    for label, share in (label_shares or {"A": 1.0}).items():
+        follow(new_turn, [label], share * 1e-9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -311,7 +373,7 @@ def make_model(path: Path, failure_rate: float = 0.0, generation: dict | None = 
 
 
 def quiet_libraries() -> None:
-    """Keep encoders' greetings and progress bars of single episodes off the terminal."""
+    """Keep encoders' greetings and progress bars of episodes off the terminal."""
     os.environ["SVT_LOG"] = "1"
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -326,20 +388,48 @@ def quiet_libraries() -> None:
     av.logging.set_level(av.logging.PANIC)
 
 
+@contextlib.contextmanager
+def announced(step: str) -> Iterator[None]:
+    """Name the step on stderr, with a dot for every two seconds that it takes."""
+    print(step, end="", file=sys.stderr, flush=True)
+    done = threading.Event()
+
+    def show_dots() -> None:
+        while not done.wait(2):
+            print(".", end="", file=sys.stderr, flush=True)
+
+    dots = threading.Thread(target=show_dots, daemon=True)
+    dots.start()
+    try:
+        yield
+    finally:
+        done.set()
+        dots.join()
+        print(file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("out", type=Path, help="folder to write dataset/ and model/ into")
+    parser.add_argument(
+        "out", type=Path, help="folder to write dataset/ and model/ into"
+    )
     out = parser.parse_args().out
     if out.exists() and any(out.iterdir()):
         sys.exit(f"error: {out} is not empty; name another folder or delete it")
-    quiet_libraries()
-    make_dataset(out / "dataset")
-    make_model(out / "model")
-    print(f"wrote {out}/dataset (3 episodes, 113 frames, 2 cameras) and {out}/model; now try\n")
+    with announced("importing LeRobot and transformers"):
+        quiet_libraries()
+        import lerobot.datasets.lerobot_dataset  # noqa: F401 (make_dataset uses it)
+    with announced("recording 3 episodes"):
+        make_dataset(out / "dataset")
+    with announced("making the model"):
+        make_model(out / "model")
+    print(f"wrote {out}/dataset (3 episodes, 113 frames, 2 cameras) and {out}/model")
+    print("now try\n")
     print(
         f"python annotate_pgen.py --data-dir {out}/dataset --model {out}/model "
         f"--device cpu --dtype float32 --output-dir {out}/annotated"
     )
+    print(f"\nand then open {out}/annotated/meta/dialogues.html in a browser")
 
 
 if __name__ == "__main__":

@@ -1,277 +1,401 @@
-"""Several processes share the work: under torchrun, under srun, and when one of them dies."""
+"""Several processes share the work, started by torchrun or as torchrun starts them."""
 
 import json
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import make_demo
+import processes
 import pytest
-import survival
-from checks import check, content
+from checks import annotations, check, content, expected_samples
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
 import annotate_pgen as ap
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("short_prompt")
+
+INTERVAL = 0.5
+# Of episodes with 45, 30 and 38 frames at 10 fps.
+SAMPLES = 9 + 6 + 8
 
 
 @given(st.lists(st.integers(), unique=True), st.integers(1, 20))
-def test_all_is_dealt_once_in_order_and_evenly(items, world):
-    shares = [ap.share(items, rank, world) for rank in range(world)]
+def test_all_is_dealt_once_in_order_and_evenly(items, world_size):
+    shares = [ap.share(items, rank, world_size) for rank in range(world_size)]
     assert list(chain(*shares)) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+# ------------------------------------------------------------- what torchrun says
+
+
 @pytest.fixture
-def launch(monkeypatch):
-    def set_environment(environment):
-        for name in list(os.environ):
-            if name.startswith("SLURM_") or name in TORCHRUN:
-                monkeypatch.delenv(name)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+def serve():
+    """Run a key-value store as torchrun does.
 
-    return set_environment
+    serve(world_size) returns the variables that torchrun sets for each process.
+    """
+    from torch.distributed import TCPStore
+
+    stores = []
+
+    def start(world_size):
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        stores.append(store)
+        return [
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            for rank in range(world_size)
+        ]
+
+    yield start
+    stores.clear()
 
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
-JOB = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}
-STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("RANK", "abc"),
+        ("RANK", "2"),
+        ("RANK", "-1"),
+        ("WORLD_SIZE", ""),
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_RANK", "x"),
+        ("MASTER_ADDR", ""),
+    ],
+)
+def test_variables_that_make_no_sense(name, value, serve, dataset, monkeypatch):
+    for variable in serve(2)[0].items():
+        monkeypatch.setenv(*variable)
+    monkeypatch.setenv(name, value)
+    code, out, err = run("--data-dir", dataset, "--dry-run")
+    assert (code, out) == (2, "")
+    assert "torchrun" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     "environment, expected",
     [
         ({}, (0, 1, 0)),
-        (TORCHRUN, (5, 16, 1)),
-        (STEP, (2, 4, 2)),
-        (JOB | {"SLURM_STEP_ID": "0"}, (2, 8, 2)),
-        (JOB, (0, 1, 0)),
-        (JOB | TORCHRUN, (5, 16, 1)),
-        (STEP | TORCHRUN, (5, 16, 1)),
-        ({"RANK": "3"}, (0, 1, 0)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1, 0)),
+        # A job of SLURM without torchrun is a process of its own.
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}, (0, 1, 0)),
     ],
 )
-def test_ranks_are_told_by_the_launcher(environment, expected, launch):
-    launch(environment)
-    assert ap.launched() == expected
+def test_a_single_process_needs_no_store(environment, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch = ap.Launch()
+    assert (launch.rank, launch.world_size, launch.local_rank) == expected
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"RANK": "abc"}, {"RANK": "16"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}]
+    "gpus, local_rank, expected", [(4, 2, 2), (4, 5, 1), (1, 3, 0)]
 )
-def test_ranks_that_make_no_sense(wrong, launch, dataset):
-    launch(TORCHRUN | wrong)
-    code, _, err = run("--data-dir", dataset, "--dry-run")
-    assert code == 2 and err.startswith("error: ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') in the")
-
-
-@pytest.mark.parametrize("gpus, local_rank, expected", [(4, 2, 2), (4, 5, 1), (1, 3, 0)])
-def test_each_rank_has_its_gpu(gpus, local_rank, expected, monkeypatch, tmp_path):
+def test_each_rank_has_its_gpu(gpus, local_rank, expected, monkeypatch):
     import torch
 
     asked = []
-    for name, value in {"RANK": 9, "WORLD_SIZE": 12, "LOCAL_RANK": local_rank}.items():
-        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(ap, "QwenPgen", lambda model, device, *rest: asked.append(device))
-    monkeypatch.setattr(ap, "generate_dialogues", lambda *args: None)
-    args = ap.parse_args(["--repo-id", "a/b"])
-    sample = ap.Sample(0, 0, 0.0, "grasp", (), "tidy up")
-    job = ap.Job(args, None, ap.Plan([sample], None, []), {}, tmp_path / "out", "a/b")
-    job.unfinished.mkdir()
-    run = {"parts": {"me": [0]}, "part": "me", "launches": 1}
-    ap.generate_part(job, run, ap.Progress())
+    monkeypatch.setattr(ap, "QwenPgen", lambda model, device, *_: asked.append(device))
+    job = SimpleNamespace(args=ap.parse_args(["--repo-id", "a/b"]))
+    launch = SimpleNamespace(rank=9, world_size=12, local_rank=local_rank)
+    ap.make_annotator(job, launch, known={})
     assert asked == [f"cuda:{expected}"]
 
 
-def start(dataset, model, output, world, ranks=None, slow=0.0, silence=60.0, flags=()):
-    """Start these ranks of a launch under srun; `<output>.<rank>.log` has what they say."""
+def test_a_store_that_has_gone_is_an_error(serve, monkeypatch):
+    (environment,) = serve(2)[1:]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch = ap.Launch()
+    launch.send("part-1", {"settings": {"name": "“a”"}, "indices": [1]})
+    assert launch.receive("part-1") == {"settings": {"name": "“a”"}, "indices": [1]}
+    assert not launch.has("report-1")
+
+    class Gone:
+        def check(self, keys):
+            raise RuntimeError("Connection reset by peer")
+
+    launch.store = Gone()
+    with pytest.raises(ap.RunError, match="Connection reset by peer"):
+        launch.receive("report-1")
+
+
+# ------------------------------------------------------------- forked processes
+
+
+def start_rank(dataset, model, output, environment, *flags, hold_after=None):
+    """Start one process of a launch; `<output>.<rank>.log` has what it says."""
+    return processes.start(
+        dataset,
+        model,
+        output,
+        *("--sample-interval", INTERVAL, "--batch-size", 2, *flags),
+        hold_after=hold_after,
+        log=f"{output}.{environment['RANK']}.log",
+        environment=environment,
+    )
+
+
+def start_launch(dataset, model, output, environments, *flags, hold_after=None):
+    """Start all processes of a launch."""
     return [
-        survival.start(
-            dataset,
-            model,
-            output,
-            *("--sample-interval", 0.2, "--batch-size", 3, *flags),
-            slow=slow,
-            log=f"{output}.{rank}.log",
-            environment={
-                "SLURM_STEP_ID": "0",
-                "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": str(rank),
-                "SLURM_STEP_NUM_TASKS": str(world),
-            },
-            SILENCE=silence,
-        )
-        for rank in (range(world) if ranks is None else ranks)
+        start_rank(dataset, model, output, variables, *flags, hold_after=hold_after)
+        for variables in environments
     ]
-
-
-def exit_codes(processes):
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
 
 
 def said(output, rank):
     return Path(f"{output}.{rank}.log").read_text()
 
 
-SAMPLES = 23 + 15 + 19  # of the dataset's 45, 30 and 38 frames at 10 fps, every 0.2 s
+def samples_of(output):
+    lines = annotations(output)
+    return [(line["episode_id"], line["frame_index"]) for line in lines]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_do_the_same_job_together(world, dataset, model, tmp_path):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_do_the_job_together(world_size, serve, dataset, model, tmp_path):
     output = tmp_path / "out"
-    assert exit_codes(start(dataset, model, output, world)) == [0] * world
-    lines = check(dataset, output)
-    assert len(lines) == SAMPLES
-    assert f"dialogues      {SAMPLES}, of which {SAMPLES} generated" in said(output, 0)
-    assert f"{SAMPLES}/{SAMPLES}" in said(output, 0), "one progress bar for all"
-    assert all(said(output, rank) == "" for rank in range(1, world))
+    launch = start_launch(dataset, model, output, serve(world_size))
+    assert processes.exit_codes(launch) == [0] * world_size
+    check(dataset, output)
+    assert samples_of(output) == expected_samples(dataset, INTERVAL)
+    assert f" {SAMPLES}/{SAMPLES} " in said(output, 0), "one progress bar for all"
+    for rank in range(1, world_size):
+        assert said(output, rank) == ""
     assert not Path(f"{output}.partial").exists()
+
+
+def test_a_launch_with_nothing_to_do(serve, dataset, model, tmp_path):
+    output = tmp_path / "out"
+    launch = start_launch(dataset, model, output, serve(2), "--dry-run")
+    assert processes.exit_codes(launch) == [0, 0]
+    assert said(output, 1) == ""
+    assert not output.exists()
+    alone = processes.start(dataset, model, output, "--sample-interval", INTERVAL)
+    assert processes.exit_codes([alone]) == [0]
     before = content(output)
-    assert exit_codes(start(dataset, model, output, world)) == [0] * world
-    assert "finished already" in said(output, 0) and said(output, 1) == ""
+    launch = start_launch(dataset, model, output, serve(3))
+    assert processes.exit_codes(launch) == [0, 0, 0]
+    assert said(output, 1) == said(output, 2) == ""
     assert content(output) == before
 
 
-def test_what_other_ranks_gave_up_is_counted(dataset, built, tmp_path):
+def test_more_ranks_than_samples(serve, dataset, model, tmp_path):
+    output = tmp_path / "out"
+    flags = ("--sample-interval", 9)
+    launch = start_launch(dataset, model, output, serve(4), *flags)
+    assert processes.exit_codes(launch) == [0] * 4
+    assert len(check(dataset, output)) == 3
+
+
+def test_what_other_ranks_failed_is_counted(serve, dataset, built, tmp_path):
+    """Half of the answers are bad, so that one sample in sixteen fails."""
     model = built("bad_half", make_demo.make_model, failure_rate=0.5)
     output = tmp_path / "out"
-    assert exit_codes(start(dataset, model, output, 3)) == [0] * 3
-    lines = check(dataset, output, sampled=False)
-    given_up = int(said(output, 0).split("given up ")[1].split()[0])
-    assert len(lines) == SAMPLES - given_up
-    assert said(output, 0).count("given up: episode") == given_up
-    assert int(said(output, 0).split("asked again    ")[1].split(",")[0]) > SAMPLES // 4
+    flags = ("--sample-interval", 0.2)
+    launch = start_launch(dataset, model, output, serve(2), *flags)
+    assert processes.exit_codes(launch) == [0, 0]
+    check(dataset, output, sampled=False)
+    missing = set(expected_samples(dataset, 0.2)) - set(samples_of(output))
+    assert missing
+    for episode, frame in missing:
+        assert f"failed: episode {episode}, frame {frame}:" in said(output, 0)
+    assert said(output, 0).count("failed: ") == len(missing)
 
 
-def test_a_killed_rank_and_another_number_of_ranks(dataset, model, tmp_path):
+def test_a_killed_rank_and_another_number_of_ranks(serve, dataset, model, tmp_path):
     output = tmp_path / "out"
-    first, second, third = start(dataset, model, output, 3, slow=0.15, silence=4)
-
-    def has_begun():
-        return any(path.stat().st_size for path in tmp_path.glob("out.partial/dialogues-1-*"))
-
-    code = survival.stop_when(second, has_begun, signal.SIGKILL)
+    launch = start_launch(dataset, model, output, serve(3), hold_after=1)
+    for rank in range(3):
+        processes.wait_until(lambda rank=rank: processes.is_held(output, rank))
+    code = processes.stop_when(launch[1], lambda: True, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert exit_codes([first, third]) == [1, 0]
-    assert "error: rank 1: no sign of life for 4 s" in said(output, 0).splitlines()[-1]
-    assert said(output, 2) == "" and not output.exists()
-    kept = survival.journal_lines(output)
-    assert SAMPLES * 2 // 3 < len(kept) < SAMPLES
-    assert exit_codes(start(dataset, model, output, 2)) == [0, 0]
-    assert f"{len(kept)} dialogues are there already" in said(output, 0)
-    lines = check(dataset, output)
-    written = {(line["user_prompt"], line["robot_utterance"]) for line in lines}
-    for line in map(json.loads, kept):
-        assert (line["user_prompt"], line["robot_utterance"]) in written
-
-
-def test_a_rank_that_does_not_come(dataset, model, tmp_path):
-    output = tmp_path / "out"
-    assert exit_codes(start(dataset, model, output, 3, ranks=[0, 2], silence=3)) == [1, 1]
-    assert "error: rank [1]: not there after 3 s" in said(output, 0).splitlines()[-1]
-    assert "error: rank 2: rank 0 has not begun" in said(output, 2).splitlines()[-1]
-    assert exit_codes(start(dataset, model, output, 1)) == [0]
+    # Torchrun ends the others.
+    for other in (launch[0], launch[2]):
+        assert processes.stop_when(other, lambda: True, signal.SIGTERM) == 143
+    assert said(output, 2) == ""
+    assert not output.exists()
+    kept = processes.journal_lines(output)
+    assert 3 <= len(kept) < SAMPLES
+    processes.release(output)
+    launch = start_launch(dataset, model, output, serve(2))
+    assert processes.exit_codes(launch) == [0, 0]
     check(dataset, output)
+    assert samples_of(output) == expected_samples(dataset, INTERVAL)
+    assert f" {SAMPLES}/{SAMPLES} " in said(output, 0)
+    assert_kept(kept, output)
 
 
-def test_a_slow_rank_is_waited_for(dataset, model, tmp_path):
-    """Those who have finished need not show life."""
+def assert_kept(lines, output):
+    """What stood in journals stands in the result."""
+    written = {
+        (line["user_prompt"], line["robot_utterance"]) for line in annotations(output)
+    }
+    for line in lines:
+        entry = json.loads(line)
+        assert (entry["user_prompt"], entry["robot_utterance"]) in written
+
+
+def test_a_rank_with_other_settings_is_refused(serve, dataset, model, tmp_path):
     output = tmp_path / "out"
-    fast = start(dataset, model, output, 3, ranks=[0, 2], silence=3)
-    slow = start(dataset, model, output, 3, ranks=[1], silence=3, slow=0.9)
-    assert exit_codes(fast + slow) == [0, 0, 0]
+    first, second = serve(2)
+    lead = start_rank(dataset, model, output, first)
+    odd = start_rank(dataset, model, output, second, "--seed", 3)
+    assert processes.exit_codes([odd]) == [1]
+    assert "seed = 0" in said(output, 1).splitlines()[-1]
+    assert processes.stop_when(lead, lambda: True, signal.SIGTERM) == 143
+    assert not output.exists()
+
+
+def test_bad_input_is_said_once(serve, dataset, model, tmp_path):
+    output = tmp_path / "out"
+    launch = start_launch(tmp_path / "nothing", model, output, serve(2))
+    processes.wait_until(Path(f"{output}.1.log").exists, launch[1])
+    assert processes.exit_codes(launch[:1]) == [2]
+    assert str(tmp_path / "nothing") in said(output, 0).splitlines()[-1]
+    # The other waits for its part until torchrun ends it, at the latest.
+    code = processes.stop_when(launch[1], lambda: True, signal.SIGTERM)
+    assert code in (143, -signal.SIGTERM)
+    assert said(output, 1) == ""
+
+
+def test_a_rank_that_outlives_its_launch_does_no_harm(serve, dataset, model, tmp_path):
+    """On another machine, for example, when only one of the two is lost."""
+    output = tmp_path / "out"
+    first, orphan = start_launch(dataset, model, output, serve(2), hold_after=1)
+    processes.wait_until(lambda: processes.is_held(output, 1), orphan)
+    processes.wait_until(lambda: processes.is_held(output, 0), first)
+    processes.stop_when(first, lambda: True, signal.SIGKILL)
+    kept = processes.journal_lines(output)
+    again = start_launch(dataset, model, output, serve(2), hold_after=1)
+    processes.release(output)
+    assert processes.exit_codes([*again, orphan]) == [0, 0, 0]
+    check(dataset, output)
+    assert samples_of(output) == expected_samples(dataset, INTERVAL)
+    assert_kept(kept, output)
+
+
+def test_without_torchrun_rank_0_runs_the_store(serve, dataset, model, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environments = serve(2)
+    for environment in environments:
+        del environment["TORCHELASTIC_USE_AGENT_STORE"]
+        environment["MASTER_PORT"] = port
+    output = tmp_path / "out"
+    launch = start_launch(dataset, model, output, environments)
+    assert processes.exit_codes(launch) == [0, 0]
     assert len(check(dataset, output)) == SAMPLES
 
 
-def test_a_rank_that_outlives_its_launch(dataset, model, tmp_path):
-    """It is not taken for one of the next launch, and what it still does is no harm."""
+# ------------------------------------------------------------- torchrun itself
+
+HELD = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+import annotate_pgen, processes
+annotate_pgen.PROMPT = {prompt!r}
+Path({output!r} + ".pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+processes.hold_model(2, processes.released({output!r}))
+sys.exit(annotate_pgen.main())
+"""
+
+
+def torchrun(script, dataset, model, output, options, *flags):
+    """The command of a launch. Each process that it starts imports for ten seconds."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *options, str(script)),
+        *("--data-dir", str(dataset), "--model", str(model)),
+        *("--device", "cpu", "--dtype", "float32"),
+        *("--output-dir", str(output), "--batch-size", "2", *flags),
+    ]
+
+
+def test_a_kill_under_torchrun_and_another_number_of_processes(
+    serve, dataset, model, tmp_path
+):
     output = tmp_path / "out"
-    first, orphan, third = start(dataset, model, output, 3, slow=0.4)
-    survival.stop_when(first, lambda: len(survival.journal_lines(output)) > 8, signal.SIGKILL)
-    survival.stop_when(third, lambda: True, signal.SIGKILL)
-    assert exit_codes(start(dataset, model, output, 2)) == [0, 0]
-    assert len(check(dataset, output)) == SAMPLES
-    assert exit_codes([orphan]) == [0] and said(output, 1) == ""
-    assert not Path(f"{output}.partial").exists()
-
-
-def test_an_overwrite_that_waits_for_ranks_in_vain_can_be_repeated(dataset, model, tmp_path):
-    output = tmp_path / "out"
-    run = survival.start(dataset, model, output, "--sample-interval", 0.2)
-    survival.stop_when(run, Path(f"{output}.partial/dataset").exists, signal.SIGKILL)
-    again = start(dataset, model, output, 2, ranks=[0], silence=2, flags=["--overwrite"])
-    assert exit_codes(again) == [1]
-    assert exit_codes(start(dataset, model, output, 1, flags=["--overwrite"])) == [0]
-    assert len(check(dataset, output)) == SAMPLES
-
-
-def test_a_rank_0_that_cannot_load_leaves_the_others_their_work(dataset, model, tmp_path):
-    output = tmp_path / "out"
-    lead = start(dataset, model, output, 2, ranks=[0], flags=["--device", "cuda"])
-    other = start(dataset, model, output, 2, ranks=[1], slow=0.5)
-    assert exit_codes(lead + other) == [2, 0]
-    kept = len(survival.journal_lines(output))
-    assert kept > SAMPLES // 3
-    assert exit_codes(start(dataset, model, output, 1)) == [0]
-    assert f"{kept} dialogues are there already" in said(output, 0)
-
-
-def test_a_rank_with_other_settings_takes_no_part(dataset, model, built, tmp_path):
-    other, output = built("bad_tenth", make_demo.make_model, failure_rate=0.1), tmp_path / "out"
-    lead = start(dataset, model, output, 2, ranks=[0], silence=4)
-    odd = start(dataset, other, output, 2, ranks=[1], silence=4)
-    assert exit_codes(lead + odd) == [1, 1]
-    assert "rank [1]: not there after 4 s, with the same settings" in said(output, 0)
-    assert "rank 1: rank 0 has not begun with the same settings" in said(output, 1)
-    assert not survival.journal_lines(output)
-
-
-def test_a_record_of_an_earlier_launch_is_not_followed(dataset, model, tmp_path):
-    """A rank that comes before rank 0 finds what the last launch dealt, and waits."""
-    output = tmp_path / "out"
-    runs = start(dataset, model, output, 2, slow=0.15)
-    survival.stop_when(runs[0], lambda: survival.journal_lines(output), signal.SIGKILL)
-    survival.stop_when(runs[1], lambda: True, signal.SIGKILL)
-    kept = len(survival.journal_lines(output))
-    late = start(dataset, model, output, 2, ranks=[1])
-    while len(list(output.parent.glob("*/rank-1-*"))) < 2:
-        time.sleep(0.1)
-    time.sleep(1)
-    assert len(survival.journal_lines(output)) == kept
-    assert exit_codes(start(dataset, model, output, 2, ranks=[0]) + late) == [0, 0]
+    script = tmp_path / "annotate_held.py"
+    text = HELD.format(
+        tests=str(Path(processes.__file__).parent),
+        root=str(Path(ap.__file__).parent),
+        prompt=ap.PROMPT,
+        output=str(output),
+    )
+    script.write_text(text)
+    options = ("--nproc-per-node=2", "--standalone")
+    flags = ("--sample-interval", str(INTERVAL))
+    command = torchrun(script, dataset, model, output, options, *flags)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        launch = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        for rank in range(2):
+            processes.wait_until(
+                lambda rank=rank: (
+                    processes.is_held(output, rank) or launch.poll() is not None
+                )
+            )
+        assert launch.poll() is None, log.read_text()
+        os.kill(int(Path(f"{output}.pid-1").read_text()), signal.SIGKILL)
+        assert launch.wait(120) != 0
+    finally:
+        launch.terminate()
+    assert not output.exists()
+    kept = processes.journal_lines(output)
+    assert 2 <= len(kept) < SAMPLES
+    assert len(set(processes.indices(kept))) == len(kept)
+    # The same command in a launch of three goes on.
+    launch = start_launch(dataset, model, output, serve(3))
+    assert processes.exit_codes(launch) == [0, 0, 0]
     check(dataset, output)
+    assert samples_of(output) == expected_samples(dataset, INTERVAL)
+    assert_kept(kept, output)
+    assert f" {SAMPLES}/{SAMPLES} " in said(output, 0), "one progress bar for all"
+    assert said(output, 1) == said(output, 2) == ""
 
 
-def test_bad_input_is_said_once_if_the_launcher_ends_the_others(tmp_path, dataset, model):
-    missing = tmp_path / "nothing"
-    runs = start(missing, model, tmp_path / "out", 2)
-    runs[0].join(60)
-    assert runs[0].exitcode == 2 and "no such folder" in said(tmp_path / "out", 0)
-    log = Path(f"{tmp_path}/out.1.log")
-    code = survival.stop_when(runs[1], log.exists, signal.SIGTERM)
-    assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)  # waiting to say it, or still reading
-    assert said(tmp_path / "out", 1) == ""
-
-
-def test_torchrun(dataset, model, tmp_path):
+def test_two_launches_are_one_job(dataset, model, tmp_path):
+    """As on two machines that share a disk."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += [str(ROOT / "annotate_pgen.py"), "--data-dir", str(dataset), "--model", str(model)]
-    command += ["--device", "cpu", "--dtype", "float32", "--output-dir", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "12, of which 12 generated" in result.stdout and result.stdout.count("unique") == 1
+    options = (
+        *("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=job"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"),
+    )
+    flags = ("--sample-interval", "4")
+    command = torchrun(ap.__file__, dataset, model, output, options, *flags)
+    launches = []
+    for number in range(2):
+        with (tmp_path / f"log-{number}").open("w") as log:
+            launches.append(subprocess.Popen(command, stdout=log, stderr=log))
+    codes = [launch.wait(300) for launch in launches]
+    logs = [(tmp_path / f"log-{number}").read_text() for number in range(2)]
+    assert codes == [0, 0], logs
     check(dataset, output)
-    shutil.rmtree(output)
+    assert samples_of(output) == expected_samples(dataset, 4)
+    summaries = [log.count("from lerobot") for log in logs]
+    assert sorted(summaries) == [0, 1]

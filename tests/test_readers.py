@@ -1,4 +1,4 @@
-"""The result in the hands of those who use it: LeRobot and its tools, torch, datasets, pandas."""
+"""The result in the hands of its users: LeRobot and its tools, torch, datasets."""
 
 import json
 import re
@@ -16,13 +16,17 @@ from lerobot.datasets import dataset_tools
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("short_prompt")
+
 TABLE = Path("meta", "tasks_high_level.parquet")
 
 
 @pytest.fixture(scope="module", params=["video", "image"])
-def output(request, built, model, tmp_path_factory):
+def output(short_prompt, request, built, model, tmp_path_factory):
     cameras = {"observation.images.up": request.param}
-    source = built(f"read_{request.param}", make_demo.make_dataset, (24, 18, 21), cameras=cameras)
+    source = built(
+        f"read_{request.param}", make_demo.make_dataset, (24, 18, 21), cameras=cameras
+    )
     folder = tmp_path_factory.mktemp("read") / "out"
     code, _, err = annotate(source, model, folder, "--sample-interval", "0.5")
     assert code == 0, err
@@ -40,7 +44,10 @@ def expected(root):
 
 
 def test_delta_timestamps(output):
-    deltas = {"observation.state": [-0.2, 0.0], "task_index_high_level": [-0.1, 0.0, 0.1]}
+    deltas = {
+        "observation.state": [-0.2, 0.0],
+        "task_index_high_level": [-0.1, 0.0, 0.1],
+    }
     dataset, rows = opened(output, delta_timestamps=deltas), high_level(output)
     item = dataset[10]
     assert item["task_index_high_level"].flatten().tolist() == rows[9:12].tolist()
@@ -64,7 +71,9 @@ def test_training_batches_as_in_the_readme(output):
         for i, index in enumerate(batch["index"].tolist()):
             assert batch["user_prompt"][i] == frames["user_prompt"][index]
             assert batch["robot_utterance"][i] == frames["robot_utterance"][index]
-            assert batch["task_index_high_level"][i].item() == frames["task_index"][index]
+            assert (
+                batch["task_index_high_level"][i].item() == frames["task_index"][index]
+            )
             seen += 1
         assert isinstance(batch["observation.images.up"], torch.Tensor)
     assert seen == len(frames) == 63
@@ -98,18 +107,24 @@ def dialogues(dataset, table):
     rows = np.concatenate(
         [np.atleast_1d(row) for row in dataset.hf_dataset["task_index_high_level"]]
     )
-    return list(table.iloc[rows][["user_prompt", "robot_utterance"]].itertuples(index=False))
+    return list(
+        table.iloc[rows][["user_prompt", "robot_utterance"]].itertuples(index=False)
+    )
 
 
 def carry_over(source, target):
     """As the README says."""
-    assert not (target / TABLE).exists(), "LeRobot carries it over by now: mend the README"
+    assert not (target / TABLE).exists(), (
+        "LeRobot carries it over by now: mend the README"
+    )
     shutil.copy(source / TABLE, target / TABLE)
     return pd.read_parquet(target / TABLE)
 
 
 def test_delete_episodes(output, tmp_path):
-    new = dataset_tools.delete_episodes(opened(output), [1], tmp_path / "new", "lab/less")
+    new = dataset_tools.delete_episodes(
+        opened(output), [1], tmp_path / "new", "lab/less"
+    )
     frames = expected(output)[["user_prompt", "robot_utterance"]]
     kept = [*frames[:24].itertuples(index=False), *frames[42:].itertuples(index=False)]
     assert dialogues(new, carry_over(output, tmp_path / "new")) == kept
@@ -136,7 +151,7 @@ def test_remove_feature(output, tmp_path):
 
 
 def test_merge_before_annotating_not_after(output, model, tmp_path):
-    """After: rows of two tables collide. Before: skills.json has to be put together as well."""
+    """After it, the rows of two tables collide. Before, skills.json is merged too."""
     pair = [opened(output), opened(output)]
     merged = dataset_tools.merge_datasets(pair, "lab/twice", tmp_path / "after")
     rows = [int(row) for row in merged.hf_dataset["task_index_high_level"]]
@@ -148,7 +163,8 @@ def test_merge_before_annotating_not_after(output, model, tmp_path):
     dataset_tools.merge_datasets([source, opened(source.root)], "lab/twice", twice)
     skills = json.loads((output / "meta/skills.json").read_text())
     again = {
-        str(int(i) + 3): e | {"episode_index": int(i) + 3} for i, e in skills["episodes"].items()
+        str(int(i) + 3): e | {"episode_index": int(i) + 3}
+        for i, e in skills["episodes"].items()
     }
     skills["episodes"] |= again
     (twice / "meta/skills.json").write_text(json.dumps(skills))
