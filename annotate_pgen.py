@@ -2750,6 +2750,7 @@ class Server:
     # Names of the fields that it does not take.
     refused: set[str] = field(default_factory=set)
     under_way: int = 0
+    asked_at: float = 0.0
     answered_at: float = 0.0
     rests_until: float = 0.0
 
@@ -3092,7 +3093,9 @@ class ServerPgen:
         with self.lock:
             now = time.monotonic()
             ready = [server for server in self.servers if server.rests_until <= now]
-            server = min(ready or self.servers, key=attrgetter("under_way"))
+            # Of those that are equally busy, the one that was asked longest ago.
+            server = min(ready or self.servers, key=attrgetter("under_way", "asked_at"))
+            server.asked_at = now
             server.under_way += 1
         try:
             yield server
@@ -3696,7 +3699,8 @@ def parse_journal_line(line: bytes) -> dict[str, Any] | None:
 def lock_work_dir(work_dir: Path) -> Iterator[None]:
     """Hold the work folder, which is made if it is not there.
 
-    It is removed in the end if nothing was generated.
+    It is removed in the end if it holds no dialogues: there were none, or they stand
+    in the finished dataset.
 
     Raises:
         InputError: another run holds it, or it is somebody's own folder.
@@ -3728,8 +3732,7 @@ def lock_work_dir(work_dir: Path) -> Iterator[None]:
         yield
     finally:
         journals = work_dir.glob("dialogues-*")
-        is_empty = not any(path.stat().st_size for path in journals)
-        if is_empty and (work_dir / "run.json").is_file():
+        if not any(path.stat().st_size for path in journals):
             shutil.rmtree(work_dir, ignore_errors=True)
         lock.release()
 
@@ -4495,8 +4498,6 @@ def put_in_place(job: Job) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in job.work_dir.glob("dialogues-*"):
         path.unlink()
-    # Last goes run.json: without it, a later run would not know this folder as its own.
-    shutil.rmtree(job.work_dir, ignore_errors=True)
 
 
 def is_finished(output: Path) -> bool:
@@ -5485,8 +5486,12 @@ def make_page(
 
 def describe_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that a reader of the page or the card wants to know, in words."""
+    model = settings["model"]
+    if Path(model).is_absolute():
+        # Whose folder it is in is nobody's business.
+        model = Path(model).name
     return [
-        ("model", settings["model"]),
+        ("model", model),
         ("engine", settings["engine"]),
         ("skills from", settings["skill_source"]),
         ("cameras", ", ".join(settings["camera_keys"])),

@@ -390,12 +390,12 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def announced(step: str) -> Iterator[None]:
-    """Name the step on stderr, with a dot for every two seconds that it takes."""
+    """Name the step on stderr, with a dot for every second that it takes."""
     print(step, end="", file=sys.stderr, flush=True)
     done = threading.Event()
 
     def show_dots() -> None:
-        while not done.wait(2):
+        while not done.wait(1):
             print(".", end="", file=sys.stderr, flush=True)
 
     dots = threading.Thread(target=show_dots, daemon=True)

@@ -126,3 +126,20 @@ def test_help_and_mistyped_flags_import_nothing_heavy(flags, code):
     assert "argparse" in imported
     names = {package_name(requirement) for requirement in declared()} | {"PIL"}
     assert not imported & names
+
+
+def test_german_in_ten_lines(monkeypatch):
+    """The README's lines make a prompt that can be used, and asks for German."""
+    section = README.split("## Changing the prompt")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert code.strip().count("\n") < 10
+    names = {"PROMPT": annotate_pgen.PROMPT}
+    exec(code, names)
+    for name in ("SCENARIO_TYPES", "RESPONSE_TYPES", "SUITABLE_RESPONSES", "PROMPT"):
+        monkeypatch.setattr(annotate_pgen, name, names[name])
+    annotate_pgen.check_prompt()
+    prompt = annotate_pgen.construct_prompt(
+        "aufräumen", [], "greifen", "negative_task", "confirmation"
+    )
+    assert "German" in prompt
+    assert names["SCENARIO_TYPES"]["negative_task"] in prompt

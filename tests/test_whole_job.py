@@ -79,7 +79,7 @@ def test_the_record_says_how_it_was_made(finished, dataset, model):
     assert settings["temperature"] == 0.7
     assert settings["camera_keys"] == ["observation.images.front"]
     assert settings["prompt"]["PROMPT"] == ap.PROMPT
-    assert settings["prompt"]["SCENARIO_TYPES"] == ap.SCENARIO_TYPES
+    assert dict(settings["prompt"]["SCENARIO_TYPES"]) == ap.SCENARIO_TYPES
 
 
 def test_stdout_carries_results_and_stderr_the_rest(finished):
