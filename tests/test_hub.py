@@ -337,7 +337,8 @@ def test_card(hub, home, own_dataset, model, tmp_path):
             count = sum(line[kind] == name for line in lines)
             assert (name, str(count)) in cells
     values = {row[1] for row in cells if len(row) == 2}
-    assert {"12", "113", str(model)} <= values
+    assert {"12", "113", model.name} <= values
+    assert str(model) not in card.text, "a path of this machine"
     dialogues = {(row[3], row[4]) for row in cells if len(row) == 5}
     written = {(line["user_prompt"], line["robot_utterance"]) for line in lines}
     assert len(dialogues & written) >= 2
