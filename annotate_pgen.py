@@ -14,6 +14,7 @@
 #   "filelock>=3.12",
 #   "httpx>=0.27,<1",
 #   "jinja2>=3.1",
+#   "markupsafe>=2.1",
 #   "numpy>=1.26",
 #   "pandas>=2.2",
 #   "pillow>=10.3",
@@ -988,8 +989,9 @@ def skills_remedy(repo_id: str, root: Path | None = None) -> str:
     forms = f"{SKILLS_FILE}, {LANGUAGE_ROWS}, {SUBTASK_INDEX}, {DENSE_SUBTASKS}"
     folder = f" --root={root}" if root else ""
     remedy = (
-        f"looked for {forms} or sparse_subtask; make them with LeRobot 0.6 (pip "
-        f"install 'lerobot[annotations]'): lerobot-annotate --repo_id={repo_id}{folder}"
+        f"looked for {forms} or sparse_subtask; make them with LeRobot 0.6, in an "
+        "environment of Python 3.12 (pip install 'lerobot[annotations]'): "
+        f"lerobot-annotate --repo_id={repo_id}{folder}"
         " --interjections.enabled=false --vqa.enabled=false"
     )
     if root and not repo_id.startswith("local/"):
@@ -2422,6 +2424,7 @@ class QwenPgen:
     ):
         import torch
         import transformers
+        from PIL import Image
 
         transformers.utils.logging.disable_progress_bar()
         self.processor: Any = None
@@ -2437,6 +2440,8 @@ class QwenPgen:
             "check the name, the network, and that it is a Qwen VL model",
         ):
             self.load(model, device, getattr(torch, dtype))
+            # A chat template that does not work is noticed before generation.
+            self.prepare([Image.new("RGB", (64, 64))], "Hello.")
 
     def load(self, model: str, device: str, dtype: torch.dtype) -> None:
         """Load processor and weights.
@@ -2569,6 +2574,12 @@ class QwenPgen:
             answers = self.generate(batch, tries)
         except torch.OutOfMemoryError:
             answers = None
+        except RuntimeError as error:
+            # As where the logits are not finite.
+            raise RunError(
+                f"the model fails: {error}; try another --dtype or --device, or check "
+                "its files"
+            ) from error
         if answers is None:
             # Only outside of `except` is the memory of the failed call free.
             torch.cuda.empty_cache()
@@ -3073,15 +3084,17 @@ class ServerPgen:
             response = self.client.request(method, url, json=body, timeout=timeouts)
         except httpx.TimeoutException:
             return Reply(0, "timed out")
-        except httpx.RequestError as error:
+        except (httpx.RequestError, ValueError, AssertionError) as error:
+            # httpx lets errors of its parts pass where a URL or an answer is malformed.
             return Reply(0, one_line(str(error)).rstrip(".") or type(error).__name__)
         text = response.text
-        if self.key:
-            # Some servers quote it, and what they say may be printed.
+        if len(self.key) >= 8:
+            # Some servers quote it, and what they say may be printed. A shorter one is
+            # no secret, such as EMPTY, and may be a word of a dialogue.
             text = text.replace(self.key, "***")
         try:
             content = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = text or response.reason_phrase
         wait = response.headers.get("Retry-After", "")
         seconds = float(wait) if wait.isascii() and wait.isdigit() else 0.0
@@ -3142,7 +3155,10 @@ class DaemonExecutor(Executor):
         self.free.acquire()
         future: Future = Future()
         call = partial(fn, *args, **kwargs)
-        threading.Thread(target=self.run, args=(future, call), daemon=True).start()
+        thread = threading.Thread(
+            target=self.run, args=(future, call), name="request", daemon=True
+        )
+        thread.start()
         return future
 
     def run(self, future: Future, call: Callable) -> None:
@@ -4306,7 +4322,7 @@ def write_dataset(job: Job, results: Results, target: Path) -> None:
             lines.write(json_line(line))
     with writing(target / RECORD) as path:
         write_json(path, make_record(job, results))
-    page = make_page(job, results.annotations)
+    page = make_page(job, results.annotations, results.late_share)
     write_page(target / "meta" / "dialogues.html", page)
     write_card(target, job.name)
     check_written(target, job.name)
@@ -4371,11 +4387,10 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> None:
             new_schema = schema.set(place, field_of_column)
         new_schema = new_schema.with_metadata(describe_column(schema.metadata))
         file = parquet.metadata
-        first_group = file.row_group(0)
         codecs = {}
         with_dictionary = [COLUMN]
-        for number in range(file.num_columns):
-            column = first_group.column(number)
+        for number in range(file.num_columns if file.num_row_groups else 0):
+            column = file.row_group(0).column(number)
             codec = column.compression.replace("UNCOMPRESSED", "NONE")
             codecs[column.path_in_schema] = codec
             if column.has_dictionary_page:
@@ -4425,10 +4440,9 @@ def describe_column(metadata: dict[bytes, bytes] | None) -> dict[bytes, bytes]:
     described = dict(metadata or {})
     try:
         content = json.loads(described[b"huggingface"])
-        features = content["info"]["features"]
+        content["info"]["features"][COLUMN] = {"dtype": "int64", "_type": "Value"}
     except (KeyError, ValueError, TypeError):
         return described
-    features[COLUMN] = {"dtype": "int64", "_type": "Value"}
     described[b"huggingface"] = json.dumps(content).encode()
     return described
 
@@ -5438,15 +5452,22 @@ def write_page(path: Path, page: PageContent) -> None:
 
 
 def make_page(
-    job: Job, annotations: Sequence[dict[str, Any]], notice: str = ""
+    job: Job, annotations: Sequence[dict[str, Any]], late_share: float, notice: str = ""
 ) -> PageContent:
     """Collect what the page shows: dialogues with their frames, counts and timelines.
 
     Args:
         job: the whole job.
         annotations: lines of syn_annotations.jsonl, in dataset order.
+        late_share: of the frames, that carry another skill's dialogue.
         notice: a sentence that stands out at the top.
     """
+    figures = [
+        ("dialogues", str(len(annotations))),
+        ("frames", str(job.plan.frame_count)),
+        ("frames with another skill's dialogue", f"{late_share:.1%}"),
+    ]
+    figures += measure_quality(annotations)
     samples = {}
     for sample in job.plan.samples:
         samples[sample.episode_id, sample.frame_index] = sample
@@ -5476,7 +5497,7 @@ def make_page(
         dialogues=dialogues,
         total=len(annotations),
         settings=describe_settings(job.settings),
-        figures=measure_quality(annotations),
+        figures=figures,
         scenario_bars=count_bars(annotations, "scenario_type"),
         response_bars=count_bars(annotations, "response_type"),
         timelines=timelines,
@@ -5612,9 +5633,9 @@ def write_card(folder: Path, name: str) -> None:
         say("the source's README.md has no metadata that can be read")
     card_data: Any = DatasetCardData()
     for key, value in source_data.items():
-        # dataset_info describes the columns that were.
-        if key != "dataset_info":
-            setattr(card_data, key, value)
+        # dataset_info describes the columns that were. A method is not to be hidden.
+        if key != "dataset_info" and not hasattr(DatasetCardData, str(key)):
+            setattr(card_data, str(key), value)
     card_data.tags = merge_tags(source_data.get("tags"))
     if not source_data.get("task_categories"):
         card_data.task_categories = ["robotics"]
@@ -5623,7 +5644,7 @@ def write_card(folder: Path, name: str) -> None:
     card_data.configs = [{"config_name": "default", "data_files": "data/*/*.parquet"}]
     facts = [
         ("date", record["date"]),
-        ("frames", str(json.loads(info)["total_frames"])),
+        ("frames", str(json.loads(info).get("total_frames", "not known"))),
         ("dialogues", str(len(annotations))),
     ]
     facts += describe_settings(settings)
@@ -5900,7 +5921,9 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
 
     root = find_dataset(args.repo_id, args.data_dir, args.revision).resolve()
     base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
-    output = (args.output_dir or base.with_name(base.name + SUFFIX)).resolve()
+    output = args.output_dir or base.with_name(base.name + SUFFIX)
+    with errors_as(InputError, f"--output-dir {output}", "name another folder"):
+        output = output.resolve()
     work_dir = Path(f"{output}.partial")
     for folder in (output, work_dir):
         if folder.is_relative_to(root) or root.is_relative_to(folder):
@@ -5970,6 +5993,7 @@ def make_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, 
         "skills": skills_fingerprint(plan.skill_source),
         "dataset": dataset_fingerprint(meta),
         "prompt": prompt_settings(),
+        "samples": samples_fingerprint(plan.samples),
     }
 
 
@@ -5984,6 +6008,14 @@ def name_model(args: argparse.Namespace) -> str:
     if not args.server and Path(args.model).is_dir():
         return str(Path(args.model).resolve())
     return args.model
+
+
+def samples_fingerprint(samples: Iterable[Sample]) -> str:
+    """What stands for all that is asked, which a dataset changed in place changes."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.index} {sample.timestamp} {sample.prompt}".encode())
+    return digest.hexdigest()[:16]
 
 
 def dataset_fingerprint(meta: Any) -> str:
@@ -6157,7 +6189,8 @@ def preview(job: Job, launch: Launch) -> None:
         )
     page = job.output.with_name(job.output.name + ".preview.html")
     notice = f"A preview of {len(lines)} of {len(every)} dialogues. No dataset yet."
-    write_page(page, make_page(job, lines, notice))
+    late_share = job.plan.sum_figures().late_share
+    write_page(page, make_page(job, lines, late_share, notice))
     print_dialogues(lines)
     print_rows(measure_quality(lines))
     if progress.generated:
@@ -6687,6 +6720,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     message = ""
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
+        for stream in (sys.stdout, sys.stderr):
+            # What a terminal cannot show must not end a run.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         args = parse_args(argv)
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)

@@ -425,6 +425,10 @@ def test_a_server_that_stays_away_ends_the_run_and_the_work_is_kept(
     assert re.search(r"error: .*: no answer for \d+ s .*; check the server and", last)
     assert not output.exists()
     assert len(journal(output)) == 5
+    # The run does not wait for its requests, one of which may still be under way.
+    for thread in threading.enumerate():
+        if thread.daemon and thread.name.startswith("request"):
+            thread.join()
     chat.decide = lambda body: None
     before = chat.count
     code, _, err = serve(dataset, output, chat.url)

@@ -156,7 +156,8 @@ def test_no_skills_at_all(root):
 
 def test_the_command_that_is_recommended_is_lerobots(root):
     config = pytest.importorskip("lerobot.annotations.steerable_pipeline.config")
-    flags = [part for part in refusal(root).split() if part.startswith("--")]
+    command = refusal(root).split(": lerobot-annotate ")[1].split(";")[0]
+    flags = command.split()
     settings = config.AnnotationPipelineConfig()
     for flag in flags:
         value = settings
