@@ -5925,8 +5925,13 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
     with errors_as(InputError, f"--output-dir {output}", "name another folder"):
         output = output.resolve()
     work_dir = Path(f"{output}.partial")
+    if not is_text(str(output)):
+        raise InputError(
+            "--output-dir: holds bytes that are no UTF-8, which pyarrow cannot write "
+            "to; name another folder"
+        )
     for folder in (output, work_dir):
-        if folder.is_relative_to(root) or root.is_relative_to(folder):
+        if root.is_relative_to(folder) or is_in_dataset(folder, root):
             raise InputError(
                 f"--output-dir {output}: overlaps the source; name another folder"
             )
@@ -5957,6 +5962,15 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
         work_dir=work_dir,
         name=args.new_repo_id or source_name + SUFFIX,
     )
+
+
+def is_in_dataset(path: Path, root: Path) -> bool:
+    """Whether a path lies in a dataset, also through the links in it."""
+    folders = {root}
+    for folder, subfolders, _ in os.walk(root):
+        for name in subfolders:
+            folders.add(Path(folder, name).resolve())
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def was_checked(meta: Any, records: Sequence[Path]) -> bool:
@@ -6044,7 +6058,7 @@ def check_output(job: Job) -> None:
             if found != job.settings:
                 raise other_settings(output / RECORD, found, job.settings)
             return
-    elif output.is_file() or (output.is_dir() and any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output-dir {output}: is not empty; name another folder")
     if os.path.ismount(output):
         raise InputError(

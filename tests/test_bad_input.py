@@ -562,3 +562,12 @@ def test_a_missing_package_is_named(package, dataset):
     assert last.startswith(f"error: the package {package} ")
     assert "requirements.txt" in last
     assert "Traceback" not in result.stderr
+
+
+def test_output_in_a_folder_that_the_source_links_to(own_dataset, tmp_path, refused):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(own_dataset / "videos", elsewhere)
+    (own_dataset / "videos").symlink_to(elsewhere)
+    before = content(own_dataset)
+    assert "overlaps the source" in refused(own_dataset, output=elsewhere / "out")
+    assert content(own_dataset) == before
