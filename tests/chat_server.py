@@ -218,7 +218,8 @@ class Handler(BaseHTTPRequestHandler):
             chat.most_at_once = max(chat.most_at_once, chat.at_once)
             chat.changed.notify_all()
         try:
-            chat.gate.wait()
+            # Not for ever, so that a test that fails before it opens the gate ends.
+            chat.gate.wait(60)
             self.send(chat.reply_to(body))
         finally:
             with chat.changed:

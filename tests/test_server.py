@@ -596,9 +596,11 @@ def test_a_slow_server_holds_up_nobody(chat, other):
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(ask_many, pgen, 100, 8)
         other.wait_for(1 + 90)
-        assert chat.at_once == 4
+        # At most the half of the eight requests under way.
+        held = chat.at_once
         chat.gate.set()
         assert None not in future.result()
+    assert 1 <= held <= 4
 
 
 def test_what_one_server_refuses_another_may_take(chat, other, said):
