@@ -3426,6 +3426,12 @@ class Annotator:
         key = (sample.episode_id, plain_words(dialogue["user_prompt"]))
         self.skills_of_prompts.setdefault(key, sample.skill_current)
 
+    def remember_known(self, samples: Iterable[Sample], known: Dialogues) -> None:
+        """Note the user prompts of dialogues that are there already."""
+        for sample in samples:
+            if sample.index in known:
+                self.remember(sample, known[sample.index])
+
     def annotate(
         self, inputs: Iterable[tuple[Sample, Any | None]]
     ) -> Iterator[Dialogues]:
@@ -4076,16 +4082,12 @@ def generate_synthetic_data(
     Raises:
         RunError: an episode is left without any dialogue.
     """
-    from tqdm import tqdm
-
     meta = getattr(dataset, "meta", dataset)
     known = dict(dialogues or {})
     missing = [sample for sample in plan.samples if sample.index not in known]
     annotator = Annotator(pgen, batch_size, verify)
-    for sample in plan.samples:
-        if sample.index in known:
-            annotator.remember(sample, known[sample.index])
-    with tqdm(total=len(plan.samples), initial=len(known), unit="sample") as bar:
+    annotator.remember_known(plan.samples, known)
+    with progress_bar(total=len(plan.samples), initial=len(known)) as bar:
         for finished in generate_dialogues(meta, plan, missing, annotator):
             known.update(finished)
             bar.update(len(finished))
@@ -6241,10 +6243,7 @@ def make_annotator(
     else:
         pgen = load_model(job, launch, bool(known) or resumed)
     annotator = Annotator(pgen, args.batch_size, args.verify, args.seed)
-    if known:
-        for sample in job.plan.samples:
-            if sample.index in known:
-                annotator.remember(sample, known[sample.index])
+    annotator.remember_known(job.plan.samples, known)
     return annotator
 
 
