@@ -116,7 +116,7 @@ def test_each_rank_has_its_gpu(gpus, local_rank, expected, monkeypatch):
     monkeypatch.setattr(ap, "QwenPgen", lambda model, device, *_: asked.append(device))
     job = SimpleNamespace(args=ap.parse_args(["--repo-id", "a/b"]))
     launch = SimpleNamespace(rank=9, world_size=12, local_rank=local_rank)
-    ap.make_annotator(job, launch, known={})
+    ap.load_model(job, launch, resumed=False)
     assert asked == [f"cuda:{expected}"]
 
 
