@@ -1838,81 +1838,121 @@ def plan_episodes(
         InputError: timestamps run backwards or are not finite.
     """
     dealer = TypeDealer(seed)
-    descriptions = {known.description for known in skills.values()}
-    # annotate.py writes the dataset's first task into every episode, so that equal
-    # descriptions in a dataset of several tasks are not to be trusted.
-    prefer_frame_task = len(descriptions) == 1 and len(set(tasks.values())) > 1
+    skills = put_equal_descriptions_last(skills, tasks)
     plans = []
     for episode in episodes:
-        known = skills[episode.episode_index]
-        timestamps = episode.frames["timestamp"].to_numpy()
-        seconds = timestamps.astype("float64") - float(timestamps[0])
-        if not ((seconds[1:] >= seconds[:-1]).all() and seconds[-1] < math.inf):
-            raise InputError(
-                f"episode {episode.episode_index}: its timestamps in data/ run "
-                "backwards or are not finite; correct them"
-            )
-        names = tuple(skill.name for skill in known.skills)
-        starts = [skill.start for skill in known.skills]
-        numbers = find_skill_numbers(seconds, starts, fps)
-        regular = sample_regularly(seconds, sample_interval, fps)
-        aligned = sample_each_skill(seconds, numbers, sample_interval, fps)
-        used, other = (aligned, regular) if align_skills else (regular, aligned)
-        samples: list[Sample] = []
-        for position in used:
-            frame = episode.frames.iloc[position]
-            number = int(numbers[position])
-            scenario, response = dealer.deal(names[number], not samples)
-            # The first skill also covers the frames before its start.
-            start = starts[number] if number else 0.0
-            end = float(seconds[-1]) + 1 / fps
-            if number + 1 < len(starts):
-                end = starts[number + 1]
-            sample = Sample(
-                episode_id=episode.episode_index,
-                frame_index=int(frame["frame_index"]),
-                # 0.1, not the float64 that is nearest to its float32.
-                timestamp=float(str(timestamps[position])),
-                skill_current=names[number],
-                skill_history=names[:number],
-                task_description=choose_task(
-                    known=known,
-                    frame_task=tasks.get(int(frame["task_index"]), ""),
-                    prefer_frame_task=prefer_frame_task,
-                ),
-                scenario_type=scenario,
-                response_type=response,
-                index=episode.first_index + position,
-                next_skill=find_next_skill(names, number),
-                moment=find_moment(float(seconds[position]), start, end),
-                episode_skills=tuple(dict.fromkeys(names)),
-            )
-            samples.append(sample)
-        plans.append(
-            EpisodePlan(
-                episode_index=episode.episode_index,
-                first_index=episode.first_index,
-                skill_names=names,
-                skill_numbers=numbers,
-                samples=samples,
-                figures=measure_grid(numbers, names, used),
-                figures_of_other_grid=measure_grid(numbers, names, other),
-            )
+        plan = plan_episode(
+            episode=episode,
+            known=skills[episode.episode_index],
+            tasks=tasks,
+            fps=fps,
+            sample_interval=sample_interval,
+            dealer=dealer,
+            align_skills=align_skills,
         )
+        plans.append(plan)
     return plans
 
 
-def choose_task(known: EpisodeSkills, frame_task: str, prefer_frame_task: bool) -> str:
-    """Choose the task that the model is told; "" if there is none.
+def put_equal_descriptions_last(
+    skills: Mapping[int, EpisodeSkills], tasks: Mapping[int, str]
+) -> dict[int, EpisodeSkills]:
+    """Let the frames' own tasks count before descriptions that are not to be trusted.
+
+    annotate.py writes the dataset's first task into every episode, so that equal
+    descriptions in a dataset of several tasks say nothing.
 
     Args:
-        known: the episode's skills, with its descriptions.
-        frame_task: LeRobot's task of the frame.
-        prefer_frame_task: whether that counts before the description.
+        skills: those of each episode, by episode index.
+        tasks: LeRobot's tasks, by task index.
     """
-    if prefer_frame_task and frame_task:
-        return frame_task
-    return known.description or frame_task or known.coarse_description
+    descriptions = {known.description for known in skills.values()}
+    if len(descriptions) > 1 or len(set(tasks.values())) < 2:
+        return dict(skills)
+    changed = {}
+    for episode_index, known in skills.items():
+        changed[episode_index] = replace(
+            known,
+            description="",
+            coarse_description=known.description or known.coarse_description,
+        )
+    return changed
+
+
+def plan_episode(
+    episode: EpisodeFrames,
+    known: EpisodeSkills,
+    tasks: Mapping[int, str],
+    fps: float,
+    sample_interval: float,
+    dealer: TypeDealer,
+    align_skills: bool,
+) -> EpisodePlan:
+    """Decide which frames of an episode are sampled, and what is asked about each.
+
+    Args:
+        episode: its frames.
+        known: its skills.
+        tasks: LeRobot's tasks, by task index.
+        fps: frames per second.
+        sample_interval: seconds between samples.
+        dealer: of the types.
+        align_skills: whether the grid starts anew at each skill.
+
+    Raises:
+        InputError: timestamps run backwards or are not finite.
+    """
+    timestamps = episode.frames["timestamp"].to_numpy()
+    frame_indices = episode.frames["frame_index"].to_numpy()
+    task_indices = episode.frames["task_index"].to_numpy()
+    seconds = timestamps.astype("float64") - float(timestamps[0])
+    if not ((seconds[1:] >= seconds[:-1]).all() and seconds[-1] < math.inf):
+        raise InputError(
+            f"episode {episode.episode_index}: its timestamps in data/ run "
+            "backwards or are not finite; correct them"
+        )
+    names = tuple(skill.name for skill in known.skills)
+    starts = [skill.start for skill in known.skills]
+    # The first skill also covers the frames before its start.
+    starts[0] = 0.0
+    ends = [*starts[1:], float(seconds[-1]) + 1 / fps]
+    numbers = find_skill_numbers(seconds, starts, fps)
+    regular = sample_regularly(seconds, sample_interval, fps)
+    aligned = sample_each_skill(seconds, numbers, sample_interval, fps)
+    used, other = (aligned, regular) if align_skills else (regular, aligned)
+    samples: list[Sample] = []
+    for position in used:
+        number = int(numbers[position])
+        time_of_frame = float(seconds[position])
+        frame_task = tasks.get(int(task_indices[position]), "")
+        scenario, response = dealer.deal(names[number], first_of_episode=not samples)
+        sample = Sample(
+            episode_id=episode.episode_index,
+            frame_index=int(frame_indices[position]),
+            # 0.1, not the float64 that is nearest to its float32.
+            timestamp=float(str(timestamps[position])),
+            skill_current=names[number],
+            skill_history=names[:number],
+            task_description=(
+                known.description or frame_task or known.coarse_description
+            ),
+            scenario_type=scenario,
+            response_type=response,
+            index=episode.first_index + position,
+            next_skill=find_next_skill(names, number),
+            moment=find_moment(time_of_frame, starts[number], ends[number]),
+            episode_skills=tuple(dict.fromkeys(names)),
+        )
+        samples.append(sample)
+    return EpisodePlan(
+        episode_index=episode.episode_index,
+        first_index=episode.first_index,
+        skill_names=names,
+        skill_numbers=numbers,
+        samples=samples,
+        figures=measure_grid(numbers, names, used),
+        figures_of_other_grid=measure_grid(numbers, names, other),
+    )
 
 
 def find_next_skill(names: Sequence[str], number: int) -> str:
@@ -2013,29 +2053,38 @@ def measure_grid(
         skill_names: the names of the skills.
         positions: the sampled frames.
     """
-    import numpy as np
-
-    shown = np.unique(skill_numbers)
-    sampled = set(skill_numbers[list(positions)].tolist())
-    spans = np.diff([*positions, len(skill_numbers)])
-    carried = skill_numbers[list(positions)].repeat(spans)
-    name_numbers = number_names(skill_names)
-    late = name_numbers[skill_numbers] != name_numbers[carried]
+    shown = set(skill_numbers.tolist())
+    sampled = skill_numbers[list(positions)].tolist()
+    carried = [skill_names[number] for number in sampled]
     return GridFigures(
         samples=len(positions),
         frames=len(skill_numbers),
-        late_frames=int(late.sum()),
+        late_frames=count_late_frames(skill_numbers, skill_names, positions, carried),
         skills=len(shown),
-        skills_without=len(set(shown.tolist()) - sampled),
+        skills_without=len(shown - set(sampled)),
     )
 
 
-def number_names(names: Sequence[str]) -> np.ndarray:
-    """Give equal names equal numbers: int64 (names,)."""
+def count_late_frames(
+    skill_numbers: np.ndarray,
+    skill_names: Sequence[str],
+    positions: Sequence[int],
+    carried: Sequence[str],
+) -> int:
+    """Count the frames of an episode that carry the dialogue of another skill.
+
+    Args:
+        skill_numbers: int32 (frames,), which skill each frame shows.
+        skill_names: the names of the skills.
+        positions: the sampled frames.
+        carried: of each sampled frame, the name of the skill that its dialogue is
+            about, which the frames up to the next sampled one carry as well.
+    """
     import numpy as np
 
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return np.array([numbers[name] for name in names])
+    shown = np.array(skill_names, dtype=object)[skill_numbers]
+    spans = np.diff([*positions, len(skill_numbers)])
+    return int((shown != np.array(carried, dtype=object).repeat(spans)).sum())
 
 
 # ------------------------------------------------------------------------------ images
@@ -2568,30 +2617,49 @@ class QwenPgen:
         Raises:
             RunError: not even one sample fits into the GPU's memory.
         """
-        import torch
-
+        generate = partial(self.generate, tries=tries)
         try:
-            answers = self.generate(batch, tries)
-        except torch.OutOfMemoryError:
-            answers = None
+            answers = self.call_in_parts(generate, batch)
         except RuntimeError as error:
             # As where the logits are not finite.
             raise RunError(
                 f"the model fails: {error}; try another --dtype or --device, or check "
                 "its files"
             ) from error
-        if answers is None:
+        return [parse_answer(PREFILL + answer) for answer in answers]
+
+    def call_in_parts(
+        self, call: Callable[[Sequence[Any]], Iterable[Any]], batch: Sequence[Any]
+    ) -> list[Any]:
+        """Call the model with a batch, in smaller parts once GPU memory has run out.
+
+        Args:
+            call: what is done with the batch or a part of it.
+            batch: what goes through the model together.
+
+        Returns:
+            What came of each, in order.
+
+        Raises:
+            RunError: not even one fits into the GPU's memory.
+        """
+        import torch
+
+        results: list[Any] = []
+        while len(results) < len(batch):
+            part = batch[len(results) : len(results) + self.batch_limit]
+            try:
+                results += call(part)
+                continue
+            except torch.OutOfMemoryError:
+                self.batch_limit = len(part) // 2
             # Only outside of `except` is the memory of the failed call free.
             torch.cuda.empty_cache()
-            half = len(batch) // 2
-            if not half:
+            if not self.batch_limit:
                 raise RunError(
                     "out of GPU memory; use fewer views or a smaller --model"
                 )
-            self.batch_limit = half
-            first_half = self.answer(batch[:half], tries)
-            return first_half + self.answer(batch[half:], tries)
-        return [parse_answer(PREFILL + answer) for answer in answers]
+        return results
 
     def generate(
         self, batch: Sequence[dict[str, torch.Tensor]], tries: int
@@ -2658,25 +2726,12 @@ class QwenPgen:
         Returns:
             The likeliest option of each, counted from 0.
         """
-        import torch
-
         texts = [self.chat_of(question) for question in questions]
         labels = self.tokenizer.convert_tokens_to_ids(list(OPTION_LABELS))
-        chosen: list[int] = []
-        while len(chosen) < len(texts):
-            part = slice(len(chosen), len(chosen) + self.batch_limit)
-            try:
-                logits = self.last_logits(texts[part])
-            except torch.OutOfMemoryError:
-                logits = None
-            if logits is None:
-                torch.cuda.empty_cache()
-                self.batch_limit = len(texts[part]) // 2
-                if not self.batch_limit:
-                    raise RunError("out of GPU memory; use a smaller --model")
-                continue
-            for row, count in zip(logits, option_counts[part], strict=True):
-                chosen.append(int(row[labels[:count]].argmax()))
+        chosen = []
+        logits = self.call_in_parts(self.last_logits, texts)
+        for row, count in zip(logits, option_counts, strict=True):
+            chosen.append(int(row[labels[:count]].argmax()))
         return chosen
 
     def chat_of(self, question: str) -> str:
@@ -3777,12 +3832,11 @@ def take_up_work(
         RunError: the folder cannot be written.
     """
     record = work_dir / "run.json"
-    found = find_other_work(work_dir, settings)
-    if found is not None:
-        if not overwrite:
-            raise other_settings(record, found, settings)
-        for path in work_dir.glob("dialogues-*"):
-            path.unlink()
+    others = find_other_journals(work_dir, settings)
+    if others and not overwrite:
+        raise other_settings(record, settings)
+    for path in others:
+        path.unlink()
     with errors_as(
         RunError, f"{record}: cannot be written", "free space on the disk and run again"
     ):
@@ -3790,29 +3844,39 @@ def take_up_work(
     return read_journals(work_dir, settings)
 
 
-def find_other_work(work_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of unfinished work, if it has dialogues and other settings."""
-    record = work_dir / "run.json"
-    if not record.is_file():
-        return None
-    found = read_json(record).get("settings", {})
-    if found == settings:
-        return None
-    journals = work_dir.glob("dialogues-*")
-    return found if any(path.stat().st_size for path in journals) else None
+def find_other_journals(work_dir: Path, settings: dict[str, Any]) -> list[Path]:
+    """The journals of unfinished work with other settings.
+
+    A process that has outlived its launch may leave one in a folder that has been
+    taken over since; it does no harm there.
+    """
+    if read_settings(work_dir / "run.json") == settings:
+        return []
+    own = set(work_dir.glob(journal_name(settings, "*")))
+    others = sorted(set(work_dir.glob("dialogues-*")) - own)
+    return [path for path in others if path.stat().st_size]
 
 
-def other_settings(
-    record: Path, found: dict[str, Any], settings: dict[str, Any]
-) -> InputError:
+def read_settings(record: Path) -> dict[str, Any]:
+    """The settings that an earlier run has kept in a file; {} if it cannot be read."""
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def other_settings(record: Path, settings: dict[str, Any]) -> InputError:
     """The error for results that were made with other settings.
 
     Args:
         record: the file that says so.
-        found: the settings in it.
         settings: those of this run.
     """
-    difference = first_difference(found, settings) or "other settings"
+    found = read_settings(record)
+    difference = "settings that cannot be read"
+    if found:
+        difference = first_difference(found, settings)
     return InputError(
         f"{record}: made with {difference}; undo the change, name another "
         "--output-dir, or discard that work with --overwrite"
@@ -4198,14 +4262,14 @@ def build_results(plan: Plan, dialogues: Dialogues) -> Results:
         sources = [carried[sample.index] for sample in episode.samples]
         frame_count = len(episode.skill_numbers)
         starts = [sample.index - episode.first_index for sample in episode.samples]
-        spans = np.diff([*starts, frame_count])
         indices = np.array([row_of_sample[source.index] for source in sources])
-        parts.append(indices.repeat(spans))
-        numbers = number_names([*episode.skill_names])
-        number_of_name = dict(zip(episode.skill_names, numbers, strict=True))
-        shown = np.array([number_of_name[source.skill_current] for source in sources])
-        own = numbers[episode.skill_numbers]
-        late_frames += int((own != shown.repeat(spans)).sum())
+        parts.append(indices.repeat(np.diff([*starts, frame_count])))
+        late_frames += count_late_frames(
+            skill_numbers=episode.skill_numbers,
+            skill_names=episode.skill_names,
+            positions=starts,
+            carried=[source.skill_current for source in sources],
+        )
     return Results(
         tasks=tasks,
         task_indices=np.concatenate(parts).astype("int64"),
@@ -4235,7 +4299,7 @@ def measure_quality(annotations: Sequence[dict[str, Any]]) -> list[tuple[str, st
     figures = [
         ("different pairs", f"{len(pairs)} of {total}"),
         ("different user prompts", f"{len(prompts)} of {total}"),
-        ("most frequent", f'{count} times "{one_line(sentence)}"'),
+        ("most frequent user prompt", f'"{one_line(sentence)}", {count} of {total}'),
         ("replies that end in a question", f"{questions / total:.1%}"),
     ]
     verified = [line for line in annotations if "skill_recovered" in line]
@@ -4272,10 +4336,9 @@ def list_source_files(root: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(set(subfolders) - {".cache", ".git"})
-        if Path(folder) != root and root.resolve().is_relative_to(
-            Path(folder).resolve()
-        ):
-            raise InputError(f"{folder}: leads back to {root}; remove the link")
+        parents = [parent.resolve() for parent in Path(folder).parents]
+        if Path(folder).resolve() in parents:
+            raise InputError(f"{folder}: leads back to where it lies; remove the link")
         for name in sorted(names):
             path = Path(folder, name)
             if not path.is_file():
@@ -5926,7 +5989,9 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
     output = args.output_dir or base.with_name(base.name + SUFFIX)
     with errors_as(InputError, f"--output-dir {output}", "name another folder"):
         output = output.resolve()
-    work_dir = Path(f"{output}.partial")
+        work_dir = Path(f"{output}.partial")
+        # Fails where the name is too long.
+        work_dir.exists()
     if not is_text(str(output)):
         raise InputError(
             "--output-dir: holds bytes that are no UTF-8, which pyarrow cannot write "
@@ -5941,8 +6006,8 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
     # LeRobot sets FFmpeg's own messages free; what is broken is reported here.
     av.logging.set_level(av.logging.PANIC)
     records = [work_dir / "run.json", output / RECORD]
-    with errors_as(InputError, f"--output-dir {output}", "name another folder"):
-        check_files = not was_checked(meta, records)
+    dataset = dataset_fingerprint(meta)
+    check_files = not was_checked(dataset, records)
     if not quiet:
         say(f"{'reading and checking' if check_files else 'reading'} {root}")
     plan = make_plan(
@@ -5959,7 +6024,7 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
         args=args,
         meta=meta,
         plan=plan,
-        settings=make_settings(args, meta, plan),
+        settings=make_settings(args, plan, dataset),
         output=output,
         work_dir=work_dir,
         name=args.new_repo_id or source_name + SUFFIX,
@@ -5975,26 +6040,27 @@ def is_in_dataset(path: Path, root: Path) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
 
 
-def was_checked(meta: Any, records: Sequence[Path]) -> bool:
+def was_checked(dataset: str, records: Sequence[Path]) -> bool:
     """Whether an earlier run has checked the same files.
 
     Args:
-        meta: LeRobotDatasetMetadata.
+        dataset: fingerprint of the dataset.
         records: files in which earlier runs may have kept their settings.
     """
-    for path in records:
-        if path.is_file():
-            settings = read_json(path).get("settings", {})
-            if settings.get("dataset") == dataset_fingerprint(meta):
-                return True
-    return False
+    settings = [read_settings(path) for path in records]
+    return any(found.get("dataset") == dataset for found in settings)
 
 
-def make_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, Any]:
-    """All that the dialogues depend on, the dataset as a fingerprint.
+def make_settings(args: argparse.Namespace, plan: Plan, dataset: str) -> dict[str, Any]:
+    """All that the dialogues depend on.
 
     The URL of a server, the batch size, device and precision may change when a run goes
     on, and are not among them.
+
+    Args:
+        args: the flags.
+        plan: the whole job.
+        dataset: fingerprint of the dataset.
     """
     return {
         "engine": "server" if args.server else "transformers",
@@ -6007,7 +6073,7 @@ def make_settings(args: argparse.Namespace, meta: Any, plan: Plan) -> dict[str, 
         "verify": args.verify,
         "skill_source": plan.skill_source.name,
         "skills": skills_fingerprint(plan.skill_source),
-        "dataset": dataset_fingerprint(meta),
+        "dataset": dataset,
         "prompt": prompt_settings(),
         "samples": samples_fingerprint(plan.samples),
     }
@@ -6056,9 +6122,8 @@ def check_output(job: Job) -> None:
     overwrite = job.args.overwrite
     if is_finished(output):
         if not overwrite:
-            found = read_json(output / RECORD).get("settings", {})
-            if found != job.settings:
-                raise other_settings(output / RECORD, found, job.settings)
+            if read_settings(output / RECORD) != job.settings:
+                raise other_settings(output / RECORD, job.settings)
             return
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output-dir {output}: is not empty; name another folder")
@@ -6392,7 +6457,8 @@ def describe_output(job: Job) -> list[tuple[str, str]]:
     free = free_space(job.output) / 1e9
     return [
         ("dialogues there already", str(len(known))),
-        ("to generate", f"{missing}, {batches} batches of {job.args.batch_size}"),
+        ("to generate", str(missing)),
+        (f"batches of {job.args.batch_size}", str(batches)),
         ("disk", f"{needed:.2f} GB needed, {free:.2f} GB free"),
     ]
 
@@ -6418,10 +6484,9 @@ def give_advice(job: Job) -> list[str]:
         check_output(job)
     except InputError as error:
         advice.append(str(error))
-    found = find_other_work(job.work_dir, job.settings)
-    if found is not None and not job.args.overwrite:
+    if find_other_journals(job.work_dir, job.settings) and not job.args.overwrite:
         record = job.work_dir / "run.json"
-        advice.append(str(other_settings(record, found, job.settings)))
+        advice.append(str(other_settings(record, job.settings)))
     return advice
 
 

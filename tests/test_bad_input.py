@@ -213,8 +213,20 @@ def test_links_to_nowhere_and_pipes(own_dataset, refused):
         make(path)
         assert f"{path}: cannot be read as a file" in refused(own_dataset)
         path.unlink()
-    (own_dataset / "loop").symlink_to(own_dataset)
-    assert str(own_dataset) in refused(own_dataset)
+
+
+def test_links_in_a_circle(own_dataset, tmp_path, refused):
+    for target in (own_dataset, own_dataset / "meta"):
+        link = own_dataset / "meta" / "loop"
+        link.symlink_to(target)
+        assert f"{link}: leads back" in refused(own_dataset)
+        link.unlink()
+    for name, other in (("a", "b"), ("b", "a")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "link").symlink_to(tmp_path / other)
+    (own_dataset / "extra").symlink_to(tmp_path / "a")
+    assert "link: leads back" in refused(own_dataset)
 
 
 TASKS = "meta/tasks.parquet"

@@ -247,7 +247,7 @@ def test_out_of_memory_halves_this_batch_and_those_after_it(hand_set, monkeypatc
     for dialogues in annotator.annotate(inputs):
         finished.update(dialogues)
     assert sorted(finished) == list(range(23))
-    assert sizes == [12, 6, 3, 3, 6, 3, 3] + 3 * [3] + [2]
+    assert sizes == [12, 6] + 4 * [3] + 3 * [3] + [2]
 
 
 def test_out_of_memory_with_a_single_sample_ends_the_run(hand_set, monkeypatch):

@@ -221,6 +221,22 @@ def test_other_settings_are_refused_and_keep_the_journal(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 1}', "\x00" * 99])
+def test_a_damaged_record_of_settings(content, tmp_path):
+    """The journal's name says which settings it is of."""
+    folder = tmp_path / "out.partial"
+    other = {"model": "m", "seed": 1}
+    take_up(folder, add=DIALOGUES)
+    (folder / "run.json").write_text(content)
+    with pytest.raises(
+        ap.InputError, match=r"run\.json: .*cannot be read.*--overwrite"
+    ):
+        take_up(folder, settings=other)
+    assert take_up(folder) == DIALOGUES
+    (folder / "run.json").write_text(content)
+    assert take_up(folder, settings=other, overwrite=True) == {}
+
+
 def test_overwrite_takes_up_what_has_the_same_settings(tmp_path):
     folder = tmp_path / "out.partial"
     take_up(folder, overwrite=True, add=DIALOGUES)
@@ -383,6 +399,10 @@ def test_finished_output(dataset, model, tmp_path):
     assert "seed = 0" in err.splitlines()[-1]
     assert "--overwrite" in err.splitlines()[-1]
     assert content(output) == before
+    (output / ap.RECORD).write_text("{")
+    code, out, err = annotate(dataset, model, output)
+    assert (code, out) == (2, "")
+    assert str(ap.RECORD) in err.splitlines()[-1]
     code, _, err = annotate(dataset, model, output, "--seed", 1, "--overwrite")
     assert code == 0, err
     check(dataset, output)

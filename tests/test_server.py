@@ -694,10 +694,10 @@ pgen = ap.ServerPgen([sys.argv[1]])
 pgen.check(1, "hello")
 executor = pgen.executor(64)
 prepared = [pgen.prepare([], f"sample {n}") for n in range(64)]
-futures = [executor.submit(pgen.answer, [content]) for content in prepared]
-for heavy in ("torch", "transformers", "lerobot", "pandas"):
-    assert heavy not in sys.modules, heavy
 try:
+    futures = [executor.submit(pgen.answer, [content]) for content in prepared]
+    for heavy in ("torch", "transformers", "lerobot", "pandas"):
+        assert heavy not in sys.modules, heavy
     futures[0].result()
 except KeyboardInterrupt:
     print("interrupted", flush=True)

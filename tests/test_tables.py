@@ -232,7 +232,7 @@ def test_figures_of_quality():
     assert figures == {
         "different pairs": "3 of 4",
         "different user prompts": "2 of 4",
-        "most frequent": '3 times "Take it."',
+        "most frequent user prompt": '"Take it.", 3 of 4',
         "replies that end in a question": "50.0%",
     }
 
