@@ -692,6 +692,7 @@ import sys
 import annotate_pgen as ap
 pgen = ap.ServerPgen([sys.argv[1]])
 pgen.check(1, "hello")
+sys.stdin.readline()
 executor = pgen.executor(64)
 prepared = [pgen.prepare([], f"sample {n}") for n in range(64)]
 try:
@@ -709,16 +710,24 @@ except KeyboardInterrupt:
 def test_an_interrupted_process_ends_at_once(chat):
     program = [sys.executable, "-c", SCRIPT, chat.url]
     process = subprocess.Popen(
-        program, cwd=Path(ap.__file__).parent, stdout=subprocess.PIPE, text=True
+        program,
+        cwd=Path(ap.__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     chat.wait_for(1)
     chat.gate.clear()
+    # Not before, or the first requests would be answered.
+    process.stdin.write("go on\n")
+    process.stdin.flush()
     chat.wait_for(1 + 64)
     started = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=20)
     assert time.monotonic() - started < 3.0  # 0.1 s on an idle machine
-    assert process.returncode == 130
+    assert (process.returncode, errors) == (130, "")
     assert output == "interrupted\n"
 
 
