@@ -6798,10 +6798,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     message = ""
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        for stream in (sys.stdout, sys.stderr):
-            # What a terminal cannot show must not end a run.
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         args = parse_args(argv)
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
@@ -6845,6 +6842,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if message:
         print(f"error: {rank_name()}{one_line(message)}", file=sys.stderr)
     return code
+
+
+def prepare_streams() -> None:
+    """See to it that what is printed cannot end a run."""
+    # One that is closed, as by `>&-`, is None.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may not be able to show a character.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def rank_name() -> str:

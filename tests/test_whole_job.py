@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -534,3 +535,11 @@ def test_nothing_but_the_output_is_written(dataset, model, tmp_path):
     output = tmp_path / "deep" / "out"
     assert annotate(dataset, model, output, "--sample-interval", "9")[0] == 0
     assert files(tmp_path) == {f"deep/out/{name}" for name in files(output)}
+
+
+def test_closed_streams(dataset, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    flags = ("--data-dir", dataset, "--output-dir", tmp_path / "out", "--dry-run")
+    assert ap.main([str(flag) for flag in flags]) == 0
+    assert ap.main(["--no-such-flag"]) == 2
