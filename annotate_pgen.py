@@ -869,9 +869,9 @@ class SkillSource:
     """The skills of the episodes, and the form in which the dataset has them.
 
     Attributes:
-        name: The form that was read, for example "meta/skills.json".
-        episodes: The skills of each episode, by its index.
-        others: The names of further forms that the dataset has, which were not read.
+        name: the form that was read, for example "meta/skills.json".
+        episodes: the skills of each episode, by its index.
+        others: the names of further forms that the dataset has, which were not read.
     """
 
     name: str
@@ -884,10 +884,10 @@ class FoundSkills:
     """An episode's skills as they stand in the dataset; nothing is checked yet.
 
     Attributes:
-        place: File and episode, for errors.
-        entries: Name, start and end of each skill; the times in seconds.
-        description: The episode's task, "" where the form has none.
-        coarse_description: The dataset's task in other words, "" where there is none.
+        place: file and episode, for errors.
+        entries: name, start and end of each skill; the times in seconds.
+        description: the episode's task, "" where the form has none.
+        coarse_description: the dataset's task in other words, "" where there is none.
     """
 
     place: str
@@ -901,9 +901,9 @@ class SkillIrregularities:
     """How many oddities the skills have which are allowed, but worth a look.
 
     Attributes:
-        late_starts: Episodes whose first skill starts after the first frame.
-        gaps: Times at which no skill is under way between two skills.
-        overlaps: Skills that start before an earlier one has ended.
+        late_starts: episodes whose first skill starts after the first frame.
+        gaps: times at which no skill is under way between two skills.
+        overlaps: skills that start before an earlier one has ended.
     """
 
     late_starts: int = 0
@@ -915,14 +915,14 @@ def load_skills(meta: Any, episode_indices: Sequence[int]) -> SkillSource:
     """Load the skills of the episodes from the first form that the dataset has.
 
     Args:
-        meta: The dataset's LeRobotDatasetMetadata.
-        episode_indices: The episodes whose skills are needed.
+        meta: the dataset's LeRobotDatasetMetadata.
+        episode_indices: the episodes whose skills are needed.
 
     Returns:
         The skills, checked and sorted, with the name of their form.
 
     Raises:
-        InputError: If there are no skills, an episode lacks them, or they are wrong.
+        InputError: there are no skills, an episode lacks them, or they are wrong.
     """
     names = find_skill_sources(meta)
     if not names:
@@ -1136,9 +1136,9 @@ def entries_up_to_the_next(
     """Give each skill the start of the next as its end, the last the episode's end.
 
     Args:
-        names: The skills' names, in any order.
-        starts: Their starts, in seconds from the episode's first frame.
-        duration: The episode's length in seconds.
+        names: the skills' names, in any order.
+        starts: their starts, in seconds from the episode's first frame.
+        duration: the episode's length in seconds.
 
     Returns:
         Name, start and end of each, sorted by start. A skill that starts after the
@@ -1164,7 +1164,7 @@ def first_language_rows(path: Path) -> Iterator[tuple[int, float, list[dict]]]:
     type from file to file.
 
     Args:
-        path: A data file. One without the column has no rows.
+        path: a data file. One without the column has no rows.
 
     Yields:
         Of each episode that starts in the file its index, the timestamp of its first
@@ -1195,7 +1195,7 @@ def first_rows(episode_indices: np.ndarray, last_index: int) -> list[int]:
 
     Args:
         episode_indices: int64 (frames,), of a row group.
-        last_index: The episode of the frame before them, -1 where there is none.
+        last_index: the episode of the frame before them, -1 where there is none.
     """
     import numpy as np
 
@@ -1207,7 +1207,7 @@ def language_fields(schema: Any) -> list[str]:
     """Paths of the fields content, style and timestamp of `language_persistent`.
 
     Args:
-        schema: A pyarrow.parquet.ParquetSchema.
+        schema: a pyarrow.parquet.ParquetSchema.
 
     Returns:
         The three paths, or none where the column is missing or has no such fields, as
@@ -1230,10 +1230,10 @@ def read_cells(
     """Read single cells of one nested column, decoding a small batch at a time.
 
     Args:
-        parquet: An open pyarrow.parquet.ParquetFile.
-        group: The row group.
-        columns: Paths of the fields to read, of one column.
-        rows: Positions in the row group, ascending.
+        parquet: an open pyarrow.parquet.ParquetFile.
+        group: the row group.
+        columns: paths of the fields to read, of one column.
+        rows: positions in the row group, ascending.
 
     Yields:
         The cell of each row as Python objects; an empty list for a null.
@@ -1339,9 +1339,9 @@ def runs_of_equal_values(
     """Find the runs of equal values in the frames of an episode.
 
     Args:
-        values: One value a frame.
-        timestamps: Of the same frames, in seconds.
-        fps: Frames a second, for the length of the last frame.
+        values: one value a frame.
+        timestamps: of the same frames, in seconds.
+        fps: frames a second, for the length of the last frame.
 
     Returns:
         Of each run its value, its start, and the start of the frame after it, in
@@ -1381,14 +1381,14 @@ def read_sarm_columns(meta: Any, kind: str) -> dict[int, FoundSkills]:
     """Read the skills that LeRobot's SARM annotator has put into meta/episodes.
 
     Args:
-        meta: The dataset's LeRobotDatasetMetadata.
+        meta: the dataset's LeRobotDatasetMetadata.
         kind: "dense" or "sparse".
 
     Returns:
         The skills of all episodes that have any.
 
     Raises:
-        InputError: If the annotator has written them to the wrong episodes.
+        InputError: the annotator has written them to the wrong episodes.
     """
     name_column = f"{kind}_subtask_names"
     start_column = f"{kind}_subtask_start_times"
@@ -1434,7 +1434,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> pa.Table | None:
     """Read columns of a parquet file; None where one of them is not there.
 
     Raises:
-        InputError: If the file is damaged.
+        InputError: the file is damaged.
     """
     import pyarrow.parquet as pq
 
@@ -1465,7 +1465,7 @@ def check_skills(found: FoundSkills) -> EpisodeSkills:
     """Check the skills of an episode, and sort them by start.
 
     Raises:
-        InputError: If a skill has no name, or no finite times with start <= end.
+        InputError: a skill has no name, or no finite times with start <= end.
     """
     skills = []
     for position, (name, start, end) in enumerate(found.entries):
@@ -1505,8 +1505,8 @@ def check_starts(
     would ever show that skill.
 
     Raises:
-        InputError: For the first episode in which one does not. It says what the times
-            look like, frames or seconds from the dataset's start.
+        InputError: names the first episode in which one does not, and says what its
+            times look like: frames, or seconds from the dataset's start.
     """
     durations = episode_durations(meta)
     late = {}
@@ -1537,10 +1537,10 @@ def guess_remedy(
     """Guess from an episode's skills, of which some start too late, what went wrong.
 
     Args:
-        starts: The skills' starts, which should be seconds, ascending.
-        duration: The episode's length in seconds.
-        fps: Frames a second.
-        seconds_before: The length of all episodes before this one, in seconds.
+        starts: the skills' starts, which should be seconds, ascending.
+        duration: the episode's length in seconds.
+        fps: frames a second.
+        seconds_before: the length of all episodes before this one, in seconds.
 
     Returns:
         What the times look like and what to do, for an error.
@@ -1568,8 +1568,8 @@ def count_irregularities(
     """Count late first skills, gaps and overlaps, which are allowed.
 
     Args:
-        episodes: The skills of all episodes.
-        fps: Frames a second. Less than a tenth of a frame is neither gap nor overlap.
+        episodes: the skills of all episodes.
+        fps: frames a second. Less than a tenth of a frame is neither gap nor overlap.
     """
     tolerance = TIME_TOLERANCE / fps
     late_starts = 0
@@ -5153,8 +5153,8 @@ class PageDialogue:
     """A dialogue on the page.
 
     Attributes:
-        line: Its line of meta/syn_annotations.jsonl.
-        views: Camera key and JPEG of each view that the model saw.
+        line: its line of meta/syn_annotations.jsonl.
+        views: camera key and JPEG of each view that the model saw.
     """
 
     line: dict[str, Any]
@@ -5196,15 +5196,15 @@ class PageContent:
     """What the page shows.
 
     Attributes:
-        dataset_name: The title.
-        dialogues: Those on the page, in dataset order.
-        total: The number of dialogues there are, on the page or not.
-        settings: Name and text of each setting.
-        figures: Name and text of each figure of quality.
-        scenario_bars: Counts of all dialogues by scenario type.
-        response_bars: Counts of all dialogues by response type.
-        timelines: Those of a few episodes.
-        notice: A sentence that stands out at the top, such as one on a preview.
+        dataset_name: the title.
+        dialogues: those on the page, in dataset order.
+        total: the number of dialogues there are, on the page or not.
+        settings: name and text of each setting.
+        figures: name and text of each figure of quality.
+        scenario_bars: counts of all dialogues by scenario type.
+        response_bars: counts of all dialogues by response type.
+        timelines: those of a few episodes.
+        notice: a sentence that stands out at the top, such as one on a preview.
     """
 
     dataset_name: str
@@ -5221,14 +5221,14 @@ class PageContent:
 def pick_for_page(
     lines: Sequence[dict[str, Any]], limit: int = MAX_PAGE_DIALOGUES
 ) -> list[int]:
-    """Chooses dialogues for the page, spread over types, skills and episodes.
+    """Choose dialogues for the page, spread over types, skills and episodes.
 
     In round n, every scenario type, response type, skill and episode that has fewer
     than n dialogues on the page gets another one, as long as the page has room.
 
     Args:
-        lines: All lines of meta/syn_annotations.jsonl, in dataset order.
-        limit: The largest number of dialogues to choose.
+        lines: all lines of meta/syn_annotations.jsonl, in dataset order.
+        limit: the largest number of dialogues to choose.
 
     Returns:
         Positions in `lines`, ascending; the same for the same lines.
@@ -5263,11 +5263,11 @@ def pick_for_page(
 def thumbnail(
     image: Image.Image, width: int = THUMBNAIL_WIDTH, quality: int = 80
 ) -> bytes:
-    """Encodes a picture as a small JPEG.
+    """Encode a picture as a small JPEG.
 
     Args:
-        image: A picture of any size and mode.
-        width: The largest width, and the largest height, in pixels. A smaller
+        image: a picture of any size and mode.
+        width: the largest width, and the largest height, in pixels. A smaller
             picture keeps its size.
         quality: JPEG quality, 1 to 95.
 
@@ -5294,13 +5294,13 @@ def make_timeline(
     seconds: float,
     sample_times: Sequence[float],
 ) -> Timeline:
-    """Lays out one episode. A frame's skill is the last one that has started.
+    """Lay out one episode. A frame's skill is the last one that has started.
 
     Args:
-        episode_id: The episode's index.
-        skills: Its skills, sorted by start, at least one.
-        seconds: Its length.
-        sample_times: Times of its samples, in seconds from its first frame.
+        episode_id: the episode's index.
+        skills: its skills, sorted by start, at least one.
+        seconds: its length.
+        sample_times: times of its samples, in seconds from its first frame.
 
     Returns:
         The timeline. A skill narrower than a thousandth of the episode has no bar.
@@ -5326,7 +5326,7 @@ def make_timeline(
 def pick_timelines(
     episode_ids: Sequence[int], limit: int = MAX_PAGE_TIMELINES
 ) -> list[int]:
-    """Chooses at most `limit` episodes, evenly from the first to the last."""
+    """Choose at most `limit` episodes, evenly from the first to the last."""
     if len(episode_ids) <= limit:
         return list(episode_ids)
     step = (len(episode_ids) - 1) / (limit - 1)
@@ -5334,10 +5334,10 @@ def pick_timelines(
 
 
 def count_bars(lines: Sequence[dict[str, Any]], kind: str) -> list[CountBar]:
-    """Counts dialogues by type, the most frequent value first.
+    """Count dialogues by type, the most frequent value first.
 
     Args:
-        lines: All lines of meta/syn_annotations.jsonl.
+        lines: all lines of meta/syn_annotations.jsonl.
         kind: "scenario_type" or "response_type".
 
     Returns:
@@ -5357,7 +5357,7 @@ def count_bars(lines: Sequence[dict[str, Any]], kind: str) -> list[CountBar]:
 
 
 def page_text(value: Any) -> str:
-    """Makes any value harmless text of readable length; HTML (Markup) stays as it is.
+    """Make any value harmless text of readable length; HTML (Markup) stays as it is.
 
     Every value in the template passes through here before it is escaped.
     """
@@ -5403,8 +5403,8 @@ def filter_options(
     """What the filters offer: value and text of each option, by name of the filter.
 
     Args:
-        lines: The lines on the page.
-        skills: Number of each skill. A filter goes by it, since names may be long.
+        lines: the lines on the page.
+        skills: number of each skill. A filter goes by it, since names may be long.
     """
     episodes = sorted({line["episode_id"] for line in lines})
     current = {line["skill_current"] for line in lines}
@@ -5426,10 +5426,10 @@ def filter_options(
 
 
 def render_page(page: PageContent) -> str:
-    """Fills in the template.
+    """Fill in the template.
 
     Args:
-        page: What to show.
+        page: what to show.
 
     Returns:
         The HTML file's text.
@@ -5494,14 +5494,14 @@ def with_fewer_dialogues(page: PageContent) -> PageContent:
 
 
 def write_page(path: Path, page: PageContent) -> None:
-    """Writes the page, in at most MAX_PAGE_BYTES.
+    """Write the page, in at most MAX_PAGE_BYTES.
 
     While it is too large, pictures get smaller; then dialogues are left out. The page
     says how many of all dialogues it shows.
 
     Args:
-        path: The HTML file to write.
-        page: What to show.
+        path: the HTML file to write.
+        page: what to show.
     """
     html = render_page(page).encode("utf-8")
     for width, quality in SMALLER_PICTURES:
