@@ -47,6 +47,7 @@ import argparse
 import base64
 import copy
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -95,6 +96,7 @@ COLUMN = "task_index_high_level"
 SUFFIX = "_with_high_level_tasks"
 # The settings that a dataset was made with, in the finished dataset.
 RECORD = Path("meta", "annotate_pgen.json")
+TICK_SECONDS = 1.0
 
 
 class InputError(Exception):
@@ -132,6 +134,34 @@ def say(message: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(one_line(message), file=sys.stderr)
+
+
+@contextmanager
+def saying_how_long(message: str, quiet: bool = False) -> Iterator[None]:
+    """Say on stderr what is being done, and each second for how long.
+
+    Args:
+        message: what is being done.
+        quiet: whether nothing is said, as by ranks other than 0.
+    """
+    from tqdm import tqdm
+
+    done = threading.Event()
+    line = "{desc} {elapsed}"
+    with tqdm(desc=one_line(message), bar_format=line, disable=quiet) as clock:
+        ticking = threading.Thread(target=tick, args=(clock, done), daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            ticking.join()
+
+
+def tick(clock: Any, done: threading.Event) -> None:
+    """Show tqdm's clock anew each second."""
+    while not done.wait(TICK_SECONDS):
+        clock.refresh()
 
 
 # ------------------------------------------------------------------------------ prompt
@@ -5979,11 +6009,12 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
     Raises:
         InputError: the dataset cannot be annotated.
     """
-    if not quiet:
-        say("loading LeRobot")
-    import av
-    from lerobot.utils.constants import HF_LEROBOT_HOME
+    with saying_how_long("loading LeRobot", quiet):
+        import av
+        from lerobot.utils.constants import HF_LEROBOT_HOME
 
+        # It loads torch, which takes longest. All that follows needs it.
+        importlib.import_module("lerobot.datasets.lerobot_dataset")
     root = find_dataset(args.repo_id, args.data_dir, args.revision).resolve()
     base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
     output = args.output_dir or base.with_name(base.name + SUFFIX)
@@ -6008,17 +6039,17 @@ def prepare_job(args: argparse.Namespace, quiet: bool = False) -> Job:
     records = [work_dir / "run.json", output / RECORD]
     dataset = dataset_fingerprint(meta)
     check_files = not was_checked(dataset, records)
-    if not quiet:
-        say(f"{'reading and checking' if check_files else 'reading'} {root}")
-    plan = make_plan(
-        dataset=meta,
-        sample_interval=args.sample_interval,
-        num_image_views_per_sample=args.num_image_views_per_sample,
-        camera_keys=args.camera_keys,
-        seed=args.seed,
-        align_skills=args.align_skills,
-        check_files=check_files,
-    )
+    reading = "reading and checking" if check_files else "reading"
+    with saying_how_long(f"{reading} {root}", quiet):
+        plan = make_plan(
+            dataset=meta,
+            sample_interval=args.sample_interval,
+            num_image_views_per_sample=args.num_image_views_per_sample,
+            camera_keys=args.camera_keys,
+            seed=args.seed,
+            align_skills=args.align_skills,
+            check_files=check_files,
+        )
     source_name = args.repo_id or f"local/{root.name}"
     return Job(
         args=args,
@@ -6186,10 +6217,10 @@ def make_dataset(job: Job, launch: Launch) -> None:
             say(f"failed: {place}: {reason}")
         dialogues = read_journals(job.work_dir, job.settings)
         results = build_results(job.plan, dialogues)
-        say(f"writing {job.output}")
-        shutil.rmtree(job.work_dir / "dataset", ignore_errors=True)
-        write_dataset(job, results, job.work_dir / "dataset")
-        put_in_place(job)
+        with saying_how_long(f"writing {job.output}"):
+            shutil.rmtree(job.work_dir / "dataset", ignore_errors=True)
+            write_dataset(job, results, job.work_dir / "dataset")
+            put_in_place(job)
     print_summary(job, results, progress, seconds, time.monotonic() - started)
 
 
@@ -6324,19 +6355,18 @@ def load_model(job: Job, launch: Launch, resumed: bool) -> QwenPgen:
         InputError: the model cannot be loaded.
     """
     args = job.args
-    if launch.rank == 0:
-        say(f"loading {args.model}")
-    import torch
+    with saying_how_long(f"loading {args.model}", quiet=launch.rank > 0):
+        import torch
 
-    device = args.device
-    if device == "cuda" and launch.world_size > 1:
-        device = f"cuda:{launch.local_rank % max(1, torch.cuda.device_count())}"
-    if resumed:
-        torch.seed()
-    else:
-        drawn = random.Random(f"{args.seed} {launch.rank}").getrandbits(63)
-        torch.manual_seed(drawn)
-    return QwenPgen(args.model, device, args.dtype, args.temperature)
+        device = args.device
+        if device == "cuda" and launch.world_size > 1:
+            device = f"cuda:{launch.local_rank % max(1, torch.cuda.device_count())}"
+        if resumed:
+            torch.seed()
+        else:
+            drawn = random.Random(f"{args.seed} {launch.rank}").getrandbits(63)
+            torch.manual_seed(drawn)
+        return QwenPgen(args.model, device, args.dtype, args.temperature)
 
 
 def connect_to_server(job: Job) -> ServerPgen:
@@ -6348,9 +6378,10 @@ def connect_to_server(job: Job) -> ServerPgen:
     args = job.args
     model = job.settings["model"]
     pgen = ServerPgen(args.server, model, args.temperature, args.seed, args.batch_size)
-    say(f"asking {model} at {', '.join(server.url for server in pgen.servers)}")
+    urls = ", ".join(server.url for server in pgen.servers)
     prompts = (sample.prompt for sample in job.plan.samples)
-    pgen.check(len(job.plan.camera_keys), max(prompts, key=len))
+    with saying_how_long(f"asking {model} at {urls}"):
+        pgen.check(len(job.plan.camera_keys), max(prompts, key=len))
     return pgen
 
 

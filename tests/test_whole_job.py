@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -489,7 +490,7 @@ def test_dry_run(dataset, tmp_path, monkeypatch):
     assert "observation.images.front, observation.images.wrist" in out
     for name in ap.SCENARIO_TYPES:
         assert ap.SCENARIO_TYPES[name] in out, "a prompt for each scenario type"
-    assert len(err.splitlines()) == 2
+    assert err.count("\n") == 2
     # Both grids, of which one is in use.
     regular = len(expected_samples(dataset))
     aligned = len(expected_samples(dataset, align_skills=True))
@@ -543,3 +544,15 @@ def test_closed_streams(dataset, model, tmp_path, monkeypatch):
     flags = ("--data-dir", dataset, "--output-dir", tmp_path / "out", "--dry-run")
     assert ap.main([str(flag) for flag in flags]) == 0
     assert ap.main(["--no-such-flag"]) == 2
+
+
+def test_a_wait_is_shown_again_and_again(monkeypatch, capsys):
+    monkeypatch.setattr(ap, "TICK_SECONDS", 0.01)
+    said = ""
+    with ap.saying_how_long("loading\na model"):
+        while said.count("loading a model 00:0") < 5:
+            said += capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("\n")
+    with ap.saying_how_long("loading", quiet=True):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
