@@ -4456,6 +4456,14 @@ def write_info(source: Path, target: Path) -> None:
     target.write_text(text, encoding="utf-8")
 
 
+SPECIAL_ENCODINGS = {
+    "BYTE_STREAM_SPLIT",
+    "DELTA_BINARY_PACKED",
+    "DELTA_BYTE_ARRAY",
+    "DELTA_LENGTH_BYTE_ARRAY",
+}
+
+
 def add_column(source: Path, target: Path, values: np.ndarray) -> None:
     """Copy a parquet file as it is, with the new column at its end.
 
@@ -4483,13 +4491,19 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> None:
         new_schema = new_schema.with_metadata(describe_column(schema.metadata))
         file = parquet.metadata
         codecs = {}
+        encodings = {}
         with_dictionary = [COLUMN]
         for number in range(file.num_columns if file.num_row_groups else 0):
             column = file.row_group(0).column(number)
+            if column.path_in_schema == COLUMN:
+                continue
             codec = column.compression.replace("UNCOMPRESSED", "NONE")
             codecs[column.path_in_schema] = codec
             if column.has_dictionary_page:
                 with_dictionary.append(column.path_in_schema)
+            else:
+                special = set(column.encodings) & SPECIAL_ENCODINGS
+                encodings[column.path_in_schema] = min(special, default="PLAIN")
         codecs[COLUMN] = codecs.get("index", "SNAPPY")
         with pq.ParquetWriter(
             target,
@@ -4497,6 +4511,7 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> None:
             version=file.format_version,
             compression=codecs,
             use_dictionary=with_dictionary,
+            column_encoding=encodings,
         ) as writer:
             row = 0
             for group in range(file.num_row_groups):

@@ -124,7 +124,12 @@ def layout(parquet):
         group = parquet.metadata.row_group(number)
         columns = [group.column(place) for place in range(group.num_columns)]
         described = [
-            (column.path_in_schema, column.compression, column.has_dictionary_page)
+            (
+                column.path_in_schema,
+                column.compression,
+                column.has_dictionary_page,
+                set(column.encodings) & {"BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED"},
+            )
             for column in columns
             if column.path_in_schema != COLUMN
         ]

@@ -242,7 +242,19 @@ def test_parquet_last_written_by_pandas(row_group_size, own_dataset, model, tmp_
     frames = pd.read_parquet(path)
     codecs = {"action.list.element": "gzip", "index": "zstd"}
     table = pa.Table.from_pandas(frames)
-    pq.write_table(table, path, compression=codecs, row_group_size=row_group_size)
+    encodings = {
+        "timestamp": "BYTE_STREAM_SPLIT",
+        "action.list.element": "BYTE_STREAM_SPLIT",
+        "frame_index": "DELTA_BINARY_PACKED",
+    }
+    pq.write_table(
+        table,
+        path,
+        compression=codecs,
+        row_group_size=row_group_size,
+        use_dictionary=["index", "task_index"],
+        column_encoding=encodings,
+    )
     assert b"huggingface" not in pq.read_schema(path).metadata
     code, _, err = annotate(own_dataset, model, tmp_path / "out")
     assert code == 0, err
