@@ -5743,9 +5743,11 @@ def write_card(folder: Path, name: str) -> None:
         say("the source's README.md has no metadata that can be read")
     card_data: Any = DatasetCardData()
     for key, value in source_data.items():
+        # The one key that has another name in huggingface_hub.
+        name_there = "train_eval_index" if key == "train-eval-index" else str(key)
         # dataset_info describes the columns that were. A method is not to be hidden.
-        if key != "dataset_info" and not hasattr(DatasetCardData, str(key)):
-            setattr(card_data, str(key), value)
+        if key != "dataset_info" and not hasattr(DatasetCardData, name_there):
+            setattr(card_data, name_there, value)
     card_data.tags = merge_tags(source_data.get("tags"))
     if not source_data.get("task_categories"):
         card_data.task_categories = ["robotics"]

@@ -23,6 +23,8 @@ pretty_name: Bricks
 tags:
 - LeRobot
 - so101
+train-eval-index:
+- config: default
 dataset_info:
   features:
   - name: index
@@ -317,6 +319,7 @@ def test_card(hub, home, own_dataset, model, tmp_path):
     data = card.data.to_dict()
     assert data["license"] == "cc-by-nc-4.0"
     assert data["pretty_name"] == "Bricks"
+    assert data["train-eval-index"] == [{"config": "default"}]
     assert data["tags"] == ["LeRobot", "synthetic", "so101"]
     assert data["source_datasets"] == ["lab/bricks"]
     files_of_data = {"config_name": "default", "data_files": "data/*/*.parquet"}
