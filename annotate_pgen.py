@@ -96,7 +96,8 @@ COLUMN = "task_index_high_level"
 SUFFIX = "_with_high_level_tasks"
 # The settings that a dataset was made with, in the finished dataset.
 RECORD = Path("meta", "annotate_pgen.json")
-TICK_SECONDS = 1.0
+# Nobody is to wait longer without a sign of life.
+TICK_SECONDS = 2.0
 
 
 class InputError(Exception):
@@ -138,7 +139,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def saying_how_long(message: str, quiet: bool = False) -> Iterator[None]:
-    """Say on stderr what is being done, and each second for how long.
+    """Say on stderr what is being done, and every other second for how long.
 
     Args:
         message: what is being done.
@@ -159,7 +160,7 @@ def saying_how_long(message: str, quiet: bool = False) -> Iterator[None]:
 
 
 def tick(clock: Any, done: threading.Event) -> None:
-    """Show tqdm's clock anew each second."""
+    """Show tqdm's clock anew, until it is done."""
     while not done.wait(TICK_SECONDS):
         clock.refresh()
 
