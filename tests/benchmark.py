@@ -940,9 +940,9 @@ class Timed:
         self.function = function
         self.seconds = 0.0
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **arguments: Any) -> Any:
         started = time.perf_counter()
-        result = self.function(*args)
+        result = self.function(*args, **arguments)
         self.seconds += time.perf_counter() - started
         return result
 
