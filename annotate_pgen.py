@@ -531,7 +531,13 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
         raise InputError(
             f"{info_file}: not found, so this is no LeRobot dataset; check the path"
         )
-    version = str(read_json(info_file).get("codebase_version"))
+    info = read_json(info_file)
+    if not is_text(json.dumps(info, ensure_ascii=False)):
+        raise InputError(
+            f"{info_file}: holds half of a surrogate pair, which cannot be written in "
+            "UTF-8; correct it"
+        )
+    version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
         raise InputError(
             f"{info_file}: has format {version}, not v3.0; convert it with LeRobot's "
@@ -1504,7 +1510,7 @@ def check_skills(found: FoundSkills) -> EpisodeSkills:
             f"{found.place}: skill {position} ({name!r:.50}) runs from {start!r:.9} to"
             f" {end!r:.9}"
         )
-        if not is_text(name) or not name.strip():
+        if not is_text(name) or not one_line(name):
             raise InputError(f"{problem}, but needs a name; give it one")
         if not is_seconds(start) or not is_seconds(end) or start > end:
             raise InputError(f"{problem}, but needs finite start <= end; correct them")
@@ -3885,7 +3891,7 @@ def find_other_journals(work_dir: Path, settings: dict[str, Any]) -> list[Path]:
         return []
     own = set(work_dir.glob(journal_name(settings, "*")))
     others = sorted(set(work_dir.glob("dialogues-*")) - own)
-    return [path for path in others if path.stat().st_size]
+    return [path for path in others if path.is_file() and path.stat().st_size]
 
 
 def read_settings(record: Path) -> dict[str, Any]:
@@ -6329,7 +6335,7 @@ def preview(job: Job, launch: Launch) -> None:
         print_rows(
             [
                 ("speed", f"{speed:.2f} samples/s"),
-                ("the whole job", f"about {minutes:.0f} minutes more at that speed"),
+                ("the whole job", f"about {math.ceil(minutes)} min more at that speed"),
             ]
         )
     print(f"\nlook at {page}")

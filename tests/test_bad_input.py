@@ -207,12 +207,20 @@ def test_damaged_video_of_a_camera_that_is_not_shown(size, own_dataset, refused)
     assert str(path) in refused(own_dataset)
 
 
-def test_links_to_nowhere_and_pipes(own_dataset, refused):
-    for make in (lambda path: path.symlink_to("/nowhere"), os.mkfifo):
+def test_links_to_nowhere_and_pipes(own_dataset, tmp_path, refused):
+    for make in (lambda path: path.symlink_to(tmp_path / "nowhere"), os.mkfifo):
         path = own_dataset / "videos" / "odd"
         make(path)
         assert f"{path}: cannot be read as a file" in refused(own_dataset)
         path.unlink()
+
+
+def test_half_a_surrogate_pair_in_info_json(own_dataset, refused):
+    path = own_dataset / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["notes"] = "\ud800"
+    path.write_text(json.dumps(info))
+    assert f"{path}: holds half of a surrogate pair" in refused(own_dataset)
 
 
 def test_links_in_a_circle(own_dataset, tmp_path, refused):

@@ -416,7 +416,7 @@ def test_a_frame_without_label(root):
     assert "subtask_index holds nulls" in refusal(root)
 
 
-@pytest.mark.parametrize("name", [" ", None])
+@pytest.mark.parametrize("name", [" ", "\x07", None])
 def test_a_label_with_a_blank_name(name, root):
     sd.write_subtask_index(root)
     path = root / "meta" / "subtasks.parquet"
