@@ -2,263 +2,185 @@
 
     python tests/chat_server.py --port 8000
 
-serves the model "demo" at http://127.0.0.1:8000/v1, which answers every request at
-once with a dialogue that its text leads to. Tests start a ChatServer in their own
-process and tell it what shall go wrong: what real servers will not do on demand.
+serves the model "demo" at http://127.0.0.1:8000/v1, which answers every request with a
+dialogue of its own about the pink brick of the demo's dataset.
 """
 
-from __future__ import annotations
-
 import argparse
-import hashlib
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reply:
-    """A reply to one request; with `dropped` the connection ends without one."""
+    """A reply to one request; with status 0 the connection ends without one."""
 
-    status: int = 200
+    status: int
     body: dict | str = ""
     headers: dict[str, str] = field(default_factory=dict)
-    dropped: bool = False
 
 
-def error(status: int, message: str, param: str | None = None, **headers: str) -> Reply:
+def error(status, message, **headers):
     """An error as vLLM words it; headers are written with _ for -."""
-    body = {"error": {"message": message, "param": param, "code": status}}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply(status, body, named)
+    return Reply(status, {"error": {"message": message, "code": status}}, named)
 
 
-def text_of(body: dict) -> str:
-    """The words of a request, without its pictures."""
-    content = body["messages"][-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
+def text_of(body):
+    """The words of a request's last message."""
+    parts = body["messages"][-1]["content"]
+    return "\n".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def dialogue_of(body: dict) -> str:
-    """A valid dialogue that belongs to the words of the request."""
-    digest = hashlib.sha256(text_of(body).encode()).hexdigest()[:8]
-    dialogue = {
-        "user_prompt": f"Please do number {digest}.",
-        "robot_utterance": f"Sure, doing number {digest} now.",
-    }
-    return json.dumps(dialogue)
+def pictures_of(body):
+    """The data URLs of a request's last message."""
+    parts = body["messages"][-1]["content"]
+    return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
 
 
-def completion(body: dict, text: str | None, **message: str) -> Reply:
-    """An answer to a request; `message` are further parts of it."""
-    content = {"role": "assistant", "content": text, **message}
-    choice = {"index": 0, "message": content, "finish_reason": "stop"}
-    if message:
-        choice["finish_reason"] = "length"
-    return Reply(200, {"object": "chat.completion", "choices": [choice]})
+def dialogue_of(body):
+    """A dialogue that suits any skill of the demo, another for each last message."""
+    number = zlib.crc32(str(body["messages"][-1]).encode())
+    said = f"Could you see to the pink brick, {number}?"
+    reply = f"Sure, I'll take care of the pink brick, {number}."
+    return json.dumps({"user_prompt": said, "robot_utterance": reply})
 
 
 class ChatServer:
-    """The server; every attribute can be changed while it runs.
+    """The server; what it does can be changed while it runs.
 
-    Args:
-        models: The names it serves.
-        key: The key it asks for; "" for none.
-        answer: The text of the answer to the body of a request.
-        refused: Names of fields that it does not know: refused with 422, all named.
-        port: Where to listen; 0 for a free one.
+    Attributes:
+        answer: makes a Reply to a request's body, or the answer: content or message.
+        models: the names that it serves, or a Reply.
+        key: the key that it asks for; "" for none.
+        bodies: what it was asked so far, and `keys` with which keys.
+        under_way: how many requests it has not answered yet.
+        most_under_way: the largest number that it had at once.
     """
 
-    def __init__(
-        self,
-        models: Sequence[str] = ("demo",),
-        key: str = "",
-        answer: Callable[[dict], str | None] = dialogue_of,
-        refused: Sequence[str] = (),
-        port: int = 0,
-    ):
-        self.models = list(models)
-        self.key = key
-        self.answer = answer
-        self.refused = set(refused)
+    def __init__(self, port=0, answer=dialogue_of):
         self.port = port
-        # Replies to the next requests for a dialogue, one each; then it answers again.
-        self.next_replies: deque[Reply] = deque()
-        # Decides on the reply to a body; None for the usual answer.
-        self.decide: Callable[[dict], Reply | None] = lambda body: None
-        self.models_reply: Reply | None = None
-        # Cleared, requests are held until it is set.
-        self.gate = threading.Event()
-        self.gate.set()
-        self.changed = threading.Condition()
-        self.bodies: list[dict] = []
-        self.headers: list[dict[str, str]] = []
-        self.at_once = 0
-        self.most_at_once = 0
-        self.http: ThreadingHTTPServer | None = None
-        self.connections: set[socket.socket] = set()
+        self.answer = answer
+        self.models = ["demo"]
+        self.key = ""
+        self.bodies, self.keys, self.connections = [], [], []
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
         self.start()
 
     @property
-    def url(self) -> str:
+    def url(self):
+        """What --server is given."""
         return f"http://127.0.0.1:{self.port}/v1"
 
-    @property
-    def count(self) -> int:
-        """Of the requests for dialogues so far."""
-        return len(self.bodies)
-
-    def start(self) -> None:
+    def start(self):
         """Listen, again at the same port after stop()."""
         handler = type("BoundHandler", (Handler,), {"chat": self})
         self.http = Listener(("127.0.0.1", self.port), handler)
         self.port = self.http.server_address[1]
-        thread = threading.Thread(
-            target=self.http.serve_forever, args=(0.01,), daemon=True
-        )
-        thread.start()
+        serve = self.http.serve_forever
+        threading.Thread(target=serve, args=(0.01,), daemon=True).start()
 
-    def stop(self) -> None:
-        """Go away: refuse connections and drop those there are."""
-        if self.http is None:
-            return
+    def stop(self, drop=True):
+        """Refuse connections, and drop those there are or leave them hanging."""
         self.http.shutdown()
         self.http.server_close()
-        self.http = None
-        with self.changed:
-            connections = list(self.connections)
-        for connection in connections:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
+        for connection in self.connections if drop else ():
+            hang_up(connection)
 
-    def wait_for(self, count: int, timeout: float = 20.0) -> None:
-        """Return when `count` requests for dialogues have arrived."""
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.count >= count, timeout):
-                raise AssertionError(f"only {self.count} of {count} requests came")
 
-    def reply_to(self, body: dict) -> Reply:
-        """What a request for a dialogue is answered."""
-        with self.changed:
-            if self.next_replies:
-                return self.next_replies.popleft()
-        decided = self.decide(body)
-        if decided is not None:
-            return decided
-        unknown = self.refused & set(body)
-        if unknown:
-            detail = f"Unexpected fields in the request: {unknown}"
-            return Reply(422, {"detail": detail})
-        if body["model"] not in self.models:
-            return error(404, f"The model `{body['model']}` does not exist.", "model")
-        return completion(body, self.answer(body))
+def hang_up(connection):
+    """End a connection at once, where the client has not done so."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
+    """Takes many connections at once."""
+
     request_queue_size = 256
 
-    def handle_error(self, request, client_address) -> None:
+    def handle_error(self, request, client_address):
         """Connections that clients break are no news."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    chat: ChatServer
+    """The requests of one connection."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def setup(self) -> None:
-        super().setup()
-        with self.chat.changed:
-            self.chat.connections.add(self.connection)
-
-    def finish(self) -> None:
-        with self.chat.changed:
-            self.chat.connections.discard(self.connection)
-        super().finish()
-
-    def log_message(self, *args) -> None:
+    def log_message(self, *args):
         """Print nothing."""
 
-    def do_GET(self) -> None:
-        if self.path != "/v1/models":
-            self.send(Reply(404, {"detail": "Not Found"}))
-        elif not self.has_key():
-            self.send(error(401, "Unauthorized"))
-        elif self.chat.models_reply is not None:
-            self.send(self.chat.models_reply)
-        else:
-            listed = [{"id": name, "object": "model"} for name in self.chat.models]
-            self.send(Reply(200, {"object": "list", "data": listed}))
+    def do_GET(self):
+        """List the models."""
+        models = self.chat.models
+        if isinstance(models, list):
+            models = Reply(200, {"data": [{"id": name} for name in models]})
+        self.send("/v1/models", lambda: models)
 
-    def do_POST(self) -> None:
-        # The whole body is read first: else the reply arrives as a reset.
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/chat/completions":
-            self.send(Reply(404, {"detail": "Not Found"}))
-            return
-        if not self.has_key():
-            self.send(error(401, "Unauthorized"))
-            return
+    def do_POST(self):
+        """Answer a request."""
         chat = self.chat
-        with chat.changed:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with chat.lock:
+            chat.connections.append(self.connection)
             chat.bodies.append(body)
-            chat.headers.append(dict(self.headers))
-            chat.at_once += 1
-            chat.most_at_once = max(chat.most_at_once, chat.at_once)
-            chat.changed.notify_all()
+            chat.keys.append(self.headers["Authorization"])
+            chat.under_way += 1
+            chat.most_under_way = max(chat.most_under_way, chat.under_way)
         try:
-            # Not for ever, so that a test that fails before it opens the gate ends.
-            chat.gate.wait(60)
-            self.send(chat.reply_to(body))
+            self.send("/v1/chat/completions", lambda: chat.answer(body))
         finally:
-            with chat.changed:
-                chat.at_once -= 1
+            with chat.lock:
+                chat.under_way -= 1
 
-    def has_key(self) -> bool:
-        given = self.headers.get("Authorization", "")
-        return not self.chat.key or given == f"Bearer {self.chat.key}"
-
-    def send(self, reply: Reply) -> None:
-        if reply.dropped:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+    def send(self, path, make_reply):
+        """Reply, if the path and the key are right."""
+        key = self.headers["Authorization"]
+        if self.path != path:
+            reply = Reply(404, {"detail": "Not Found"})
+        elif self.chat.key and key != f"Bearer {self.chat.key}":
+            reply = error(401, f"wrong key: {key}")
+        else:
+            reply = make_reply()
+        if not isinstance(reply, Reply):
+            message = reply if isinstance(reply, dict) else {"content": reply}
+            reply = Reply(200, {"choices": [{"message": message}]})
+        if reply.status == 0:
+            hang_up(self.connection)
             return
         text = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
-        content = text.encode()
         self.send_response(reply.status)
-        for name, value in reply.headers.items():
+        headers = {"Content-Type": "application/json", **reply.headers}
+        for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(text.encode())
 
 
-def main() -> None:
+def main():
+    """Serve until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds an answer")
     args = parser.parse_args()
 
-    def answer(body: dict) -> str:
-        time.sleep(args.delay)
-        # Without end, the bodies would fill the memory.
+    def answer(body):
+        # Kept, they would fill the memory.
         server.bodies.clear()
-        server.headers.clear()
+        time.sleep(args.delay)
         return dialogue_of(body)
 
-    server = ChatServer(answer=answer, port=args.port)
+    server = ChatServer(args.port, answer)
     print(server.url, flush=True)
     threading.Event().wait()
 

@@ -9,11 +9,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from hub_server import HubServer  # noqa: E402
 
+# On a loaded machine 200 ms pass by chance.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 HOME = Path(tempfile.mkdtemp(prefix="annotate_pgen_"))
 HUB = HubServer()
 # Read by the libraries when they are imported.
@@ -67,7 +71,9 @@ def model(built):
 def short_prompt():
     """Ask little: the demo's model reads bytes, and nothing of what it reads counts."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotate_pgen, "SYSTEM", "Answer.")
         patch.setattr(annotate_pgen, "PROMPT", "{skill}, {task}: {scenario}")
+        patch.setattr(annotate_pgen, "EXAMPLE_COUNT", 0)
         yield
 
 

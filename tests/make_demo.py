@@ -35,23 +35,25 @@ PICK_AND_PLACE = (
 TASK = "pink lego brick into the transparent box"
 
 # What people might say about any step of this task, and replies that suit any of it.
-USER_PROMPTS = (
-    "Could you go over to the pink brick?",
-    "Let's start with the pink brick, please.",
-    "I'd like your hand right at the pink brick.",
-    "Can you grab the pink brick?",
-    "Leave the box for now, just lift the pink brick.",
-    "I'd like to see the pink brick off the table.",
-    "Please drop the pink brick into the clear box.",
-    "That is high enough, now put the brick into the box.",
-    "It would help to have the pink brick in its box.",
+# There are many, since a sentence stands for one skill of an episode only.
+USER_PROMPTS = tuple(
+    f"{start} {rest}"
+    for start in (
+        "Could you see to the pink brick",
+        "Let's go on with the pink brick",
+        "I'd like you to take care of the pink brick",
+        "Leave the rest and deal with the pink brick",
+        "It would help if you went on with the pink brick",
+        "Please do the next step with the pink brick",
+    )
+    for rest in ("now.", "next.", "for me.", "today.", "as before.", "like that.")
 )
 ROBOT_UTTERANCES = (
     "Sure, I'll take care of the pink brick.",
-    "Just to confirm, the pink one. I'm on it.",
+    "The pink one, you mean. I'm going on with the brick.",
     "Got it, the pink brick it is.",
-    "Okay, I'll do just that.",
-    "Alright, on my way.",
+    "Okay, I'll see to the brick.",
+    "Alright, on to the pink brick.",
 )
 
 
@@ -143,7 +145,11 @@ def skills_of(
                 "episode_index": episode,
                 "description": tasks[episode % len(tasks)],
                 "skills": [
-                    {"name": name, "start": start, "end": end}
+                    {
+                        "name": name,
+                        "start": start,
+                        "end": min(end, lengths[episode] / fps),
+                    }
                     for name, start, end in skills
                     if start < lengths[episode] / fps
                 ],

@@ -2,60 +2,75 @@
 
 They are forked from a process that has imported the heavy libraries, so that a start
 does not take ten seconds.
-
-    python tests/processes.py 100
-
-kills that many runs and prints what became of their dialogues.
 """
 
 import contextlib
 import json
 import multiprocessing
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from checks import annotations  # noqa: E402
+
 import annotate_pgen  # noqa: E402
 
-# For the process that preloads.
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["preload"])
+context.set_forkserver_preload(
+    [
+        "jinja2",
+        "qwen_vl_utils",
+        "lerobot.datasets.lerobot_dataset",
+        "torch.distributed",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.processing_auto",
+        "transformers.models.qwen2_vl.modeling_qwen2_vl",
+        "transformers.models.qwen2_vl.processing_qwen2_vl",
+    ]
+)
 
 
-def hold_model(after, released):
-    """Let the model answer `after` batches, then wait for the file `released`."""
-    answer = annotate_pgen.QwenPgen.answer
-    answered = []
+def tables():
+    """What this process asks the model, for another one that shall ask the same."""
+    names = ("SYSTEM", "PROMPT", "EXAMPLE_COUNT", "MAX_TRIES")
+    return {name: getattr(annotate_pgen, name) for name in names}
 
-    def answer_or_wait(self, *args, **kwargs):
-        while len(answered) >= after and not released.exists():
+
+def hold(name, after, released):
+    """Let a function run `after` times, then wait for the file `released`.
+
+    `name` is one of annotate_pgen, or "answer" for the model's.
+    """
+    owner = annotate_pgen.QwenPgen if name == "answer" else annotate_pgen
+    call = getattr(owner, name)
+    called = []
+
+    def call_or_wait(*args, **kwargs):
+        while len(called) >= after and not released.exists():
             waiting_file(released).touch()
             time.sleep(0.01)
-        answered.append(True)
-        return answer(self, *args, **kwargs)
+        called.append(True)
+        return call(*args, **kwargs)
 
-    annotate_pgen.QwenPgen.answer = answer_or_wait
+    setattr(owner, name, call_or_wait)
 
 
-def waiting_file(released):
-    """What a model leaves that waits: a file for each rank."""
-    rank = os.environ.get("RANK", "0")
+def waiting_file(released, rank=None):
+    """What a run leaves that is held: a file for each rank."""
+    rank = os.environ.get("RANK", "0") if rank is None else rank
     return Path(f"{released}.awaited-{rank}")
 
 
-def work(flags, log, environment, prompt, hold_after, released):
+def work(flags, log, environment, tables, held, released):
     """What the process does: run the command line, with all that it says in `log`."""
     os.environ.update(environment)
-    annotate_pgen.PROMPT = prompt
-    if hold_after is not None:
-        hold_model(hold_after, released)
+    for name, table in tables.items():
+        setattr(annotate_pgen, name, table)
+    if held:
+        hold(*held, released)
     with (
         Path(log).open("w") as file,
         contextlib.redirect_stdout(file),
@@ -65,44 +80,40 @@ def work(flags, log, environment, prompt, hold_after, released):
     os._exit(code)
 
 
-def start(dataset, model, output, *flags, hold_after=None, log=None, environment=None):
-    """Start a run.
+def start(dataset, model, output, *flags, held=None, log=None, environment=None):
+    """Start a run, and return its process.
 
     Args:
         dataset: folder.
         model: folder.
         output: folder.
         flags: further ones.
-        hold_after: how many batches the model answers until release(output).
+        held: what it runs until release(output), such as ("answer", 2) for two batches.
         log: where all goes that the run says, else `<output>.log`.
         environment: variables to set.
-
-    Returns:
-        The process.
     """
     given = ("--data-dir", dataset, "--model", model, "--output-dir", output)
     flags = (*given, "--device", "cpu", "--dtype", "float32", *flags)
     log = log or f"{output}.log"
-    prompt = annotate_pgen.PROMPT
-    arguments = (flags, log, environment or {}, prompt, hold_after, released(output))
+    arguments = (flags, log, environment or {}, tables(), held, released(output))
     process = context.Process(target=work, args=arguments)
     process.start()
     return process
 
 
 def released(output):
-    """The file that sets the models of these runs free."""
+    """The file that sets these runs free."""
     return Path(f"{output}.released")
 
 
 def release(output):
-    """Let the models of these runs go on."""
+    """Let these runs go on."""
     released(output).touch()
 
 
 def is_held(output, rank=0):
-    """Whether the model of a run, or of its rank, waits to be released."""
-    return Path(f"{released(output)}.awaited-{rank}").exists()
+    """Whether a run, or one of its ranks, waits to be released."""
+    return waiting_file(released(output), rank).exists()
 
 
 def journal_lines(output):
@@ -117,6 +128,16 @@ def journal_lines(output):
 def indices(lines):
     """The frames that lines of a journal are about."""
     return [json.loads(line)["index"] for line in lines]
+
+
+def assert_kept(kept, output, lengths=(45, 30, 38)):
+    """What stood in journals stands in the result, at the same frames."""
+    said = {}
+    for line in annotations(output):
+        row = sum(lengths[: line["episode_id"]]) + line["frame_index"]
+        said[row] = (line["user_prompt"], line["robot_utterance"])
+    for entry in map(json.loads, kept):
+        assert said[entry["index"]] == (entry["user_prompt"], entry["robot_utterance"])
 
 
 def wait_until(condition, *processes, patience=120):
@@ -138,6 +159,11 @@ def stop_when(process, condition, number, patience=120):
     return process.exitcode
 
 
+def stop_when_held(process, output, number):
+    """Send signal `number` to a run that is held; returns the exit code."""
+    return stop_when(process, lambda: is_held(output), number)
+
+
 def exit_codes(processes, patience=120):
     """Wait until all have ended."""
     for process in processes:
@@ -145,58 +171,15 @@ def exit_codes(processes, patience=120):
     return [process.exitcode for process in processes]
 
 
-def kill_again_and_again(dataset, model, output, kills, batch_size=3):
-    """Kill `kills` runs with SIGKILL while their journal grows.
+def main(tables, held, output, *flags):
+    """Be one process of torchrun's, which leaves its number in a file.
 
-    Each run goes on where the one before was killed, and is started over when all is
-    done. In the end the last one is finished.
-
-    Returns:
-        Kills that hit a run at work, dialogues that were on the disk at them, dialogues
-        of these that were lost, and those that were generated twice.
+    `tables` and `held` are those of work(), as JSON.
     """
-    flags = ("--sample-interval", 0.2, "--batch-size", batch_size)
-    killed = 0
-    kept = 0
-    lost = 0
-    twice = 0
-    while killed < kills:
-        before = journal_lines(output)
-        goal = len(before) + 1 + killed % 7
-        process = start(dataset, model, output, *flags)
-        code = stop_when(
-            process,
-            lambda goal=goal: len(journal_lines(output)) >= goal,
-            signal.SIGKILL,
-        )
-        if code == -signal.SIGKILL:
-            killed += 1
-            after = journal_lines(output)
-            kept += len(after)
-            lost += len(set(before) - set(after))
-            twice += len(after) - len(set(indices(after)))
-        else:
-            assert code == 0, Path(f"{output}.log").read_text()
-            shutil.rmtree(output)
-    assert exit_codes([start(dataset, model, output, *flags)]) == [0]
-    return killed, kept, lost, twice
-
-
-def main(kills):
-    import make_demo
-
-    make_demo.quiet_libraries()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        dataset = make_demo.make_dataset(folder / "dataset", (45, 30, 38))
-        model = make_demo.make_model(folder / "model", failure_rate=0.1)
-        started = time.monotonic()
-        output = folder / "out"
-        killed, kept, lost, twice = kill_again_and_again(dataset, model, output, kills)
-        print(f"{killed} runs killed in {time.monotonic() - started:.0f} s")
-        print(f"dialogues on the disk at the kills: {kept}")
-        print(f"lost: {lost}, generated twice: {twice}")
+    Path(f"{output}.pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    log = f"{output}.{os.environ['RANK']}.log"
+    work(flags, log, {}, json.loads(tables), json.loads(held), released(output))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])

@@ -1,758 +1,562 @@
-"""The client of a server, against one on this machine that fails on demand."""
-
-from __future__ import annotations
+"""--server: the whole job against servers on this machine that fail on demand."""
 
 import base64
 import io
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import chat_server
+import make_demo
 import pytest
-from chat_server import ChatServer, Reply, completion, dialogue_of, error, text_of
+from chat_server import ChatServer, Reply, dialogue_of, error, pictures_of, text_of
+from checks import check, content, expected_samples, record
+from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 import annotate_pgen as ap
 
-QUICK = {"FIRST_PAUSE": 0.01, "LONGEST_PAUSE": 0.05, "SERVER_PATIENCE": 20.0}
+SAMPLES = 12  # one for each second of the demo's three episodes
+SKILLS = [name for name, _, _ in make_demo.PICK_AND_PLACE]
+TYPES = ("specific_object", "confirmation")
+SAMPLE = ap.Sample(0, 0, 0.0, SKILLS[0], (), make_demo.TASK, *TYPES, 0, tuple(SKILLS))
+VLLM_FIELDS = {"top_k", "chat_template_kwargs"}
+FEW_FIELDS = {"model", "messages", "temperature", "top_p", "max_tokens"}
+ALL_FIELDS = {*FEW_FIELDS, *VLLM_FIELDS, "response_format"}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.delenv(ap.KEY_VARIABLE, raising=False)
-    for name, value in QUICK.items():
-        monkeypatch.setattr(ap, name, value)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What was written to stderr."""
-    lines = []
-    monkeypatch.setattr(ap, "say", lines.append)
-    return lines
+    """Wait for moments, not for minutes, on a machine that has a proxy."""
+    for name in (ap.KEY_VARIABLE, "NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")  # put back afterwards, also where there is none
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(ap, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(ap, "SERVER_PATIENCE", 30.0)
 
 
 @pytest.fixture
 def chat():
+    """A server."""
     server = ChatServer()
     yield server
-    server.gate.set()
     server.stop()
+
+
+other = chat  # another one
 
 
 @pytest.fixture
-def other():
-    server = ChatServer()
-    yield server
-    server.gate.set()
-    server.stop()
-
-
-def connect(*args, views=1, prompt="hello", **kwargs):
+def pgen(chat):
     """A client whose first request has been answered."""
-    pgen = ap.ServerPgen(*args, **kwargs)
-    pgen.check(views, prompt)
-    return pgen
+    return connect(chat)
 
 
-def noise(width=640, height=480, seed=0):
-    """A picture of blocks, unlike that of any other seed."""
-    import random
-
-    values = random.Random(seed).randbytes(3 * 20 * 15)
-    return Image.frombytes("RGB", (20, 15), values).resize((width, height))
-
-
-def ask_many(pgen, count, threads=64):
-    prepared = [pgen.prepare([], f"sample {number}") for number in range(count)]
-    with ThreadPoolExecutor(threads) as executor:
-        return list(executor.map(lambda content: pgen.answer([content])[0], prepared))
+def connect(*servers, **settings):
+    """Connect to servers, as the job does."""
+    client = ap.ServerPgen([server.url for server in servers], **settings)
+    client.check(1, SAMPLE)
+    return client
 
 
-def expected(prompt):
-    body = {"messages": [{"role": "user", "content": prompt}]}
-    return ap.parse_answer(dialogue_of(body))
+def serve(dataset, output, servers, *flags):
+    """Run the job with one server or URL or a list: (exit code, stdout, stderr)."""
+    servers = servers if isinstance(servers, list) else [servers]
+    urls = [getattr(server, "url", server) for server in servers]
+    given = ("--data-dir", dataset, "--output-dir", output, "--batch-size", 4)
+    return run(*given, "--server", *urls, *flags)
 
 
-# ------------------------------------------------------------------- what is sent
+def annotated(dataset, output, servers, *flags):
+    """Run the job, which is to go well: (lines of annotations, stdout, stderr)."""
+    code, out, err = serve(dataset, output, servers, *flags)
+    assert code == 0, err
+    assert re.search("failed +0\n", out), err
+    return check(dataset, output), out, err
 
 
-def test_answers_and_settings(chat):
-    pgen = connect([chat.url])
-    assert pgen.model == "demo"
-    assert pgen.call_qwen([noise()], "hello") == expected("hello")
+def in_turn(*replies, then=dialogue_of):
+    """Reply so one after the other, then always as `then`, a function or a reply."""
+    turns = iter(replies)
+
+    def answer(body):
+        reply = next(turns, then)
+        return reply(body) if callable(reply) else reply
+
+    return answer
+
+
+def at_once(count):
+    """Answer requests only when so many are there."""
+    barrier = threading.Barrier(count)
+    return lambda body: barrier.wait(60) < count and dialogue_of(body)
+
+
+def ask(client, words="x"):
+    """Ask for a dialogue about no picture."""
+    return client.answer([client.prepare([], words)])[0]
+
+
+def prompt_of(body):
+    """What the person says in the dialogue that answers a request."""
+    return json.loads(dialogue_of(body))["user_prompt"]
+
+
+def journal(output):
+    """What the person says in each dialogue in the work folder."""
+    files = Path(f"{output}.partial").glob("dialogues-*.jsonl")
+    text = "".join(path.read_text() for path in files)
+    return set(re.findall('"user_prompt": "(.*?)"', text))
+
+
+def wait_until(condition):
+    """Return when a condition holds that no event tells of."""
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert condition()
+
+
+def pictures_at(client, dataset, index):
+    """What is sent of a frame, read as users read it."""
+    source = LeRobotDataset("a/b", root=dataset, video_backend="pyav")
+    image = to_pil_image(source[index]["observation.images.front"])
+    return pictures_of({"messages": client.prepare([image], "")})
+
+
+# -------------------------------------------------------------------- what is sent
+
+
+def test_a_dataset_through_a_server(chat, dataset, tmp_path):
+    """Four requests are under way at any time, and each frame gets its own answer."""
+    client = connect(chat)
+    chat.bodies.clear()
+    chat.answer = in_turn(dialogue_of, then=at_once(4))
+    output = tmp_path / "out"
+    lines, _, _ = annotated(dataset, output, chat)
+    assert len(chat.bodies) == 1 + len(lines) == 1 + SAMPLES
+    assert chat.most_under_way == 4
+    assert chat.url not in json.dumps(record(output))
+    # The first request shows whether there is room for the longest prompt.
+    lengths = [len(text_of(body)) for body in chat.bodies]
+    assert lengths[0] == max(lengths)
+    bodies = {prompt_of(body): body for body in chat.bodies}
+    for line in lines:
+        body = bodies[line["user_prompt"]]
+        index = [0, 45, 75][line["episode_id"]] + line["frame_index"]
+        assert pictures_of(body) == pictures_at(client, dataset, index)
+        assert line["skill_current"] in text_of(body)
+
+
+def test_every_setting_is_sent(chat, pgen):
+    """A checkpoint's own settings would hold where a request is silent."""
+    assert ask(pgen) == dialogue_of(chat.bodies[-1])
     body = chat.bodies[-1]
-    assert body["temperature"] == 0.7
-    assert body["top_p"] == 1.0
-    assert body["top_k"] == -1
-    assert body["max_tokens"] == ap.MAX_NEW_TOKENS
+    assert set(body) == ALL_FIELDS
+    assert body["model"] == "demo"
+    assert (body["temperature"], body["top_p"]) == (0.7, ap.TOP_P)
+    assert (body["top_k"], body["max_tokens"]) == (ap.TOP_K, ap.MAX_NEW_TOKENS)
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["response_format"]["type"] == "json_schema"
     schema = body["response_format"]["json_schema"]["schema"]
-    assert list(schema["properties"]) == ["user_prompt", "robot_utterance"]
-    assert "seed" not in body
-    assert [message["role"] for message in body["messages"]] == ["user"]
-    assert "Authorization" not in chat.headers[-1]
+    assert schema["required"] == ["user_prompt", "robot_utterance"]
+
+
+def test_examples_come_first_and_are_the_same_for_many_samples(chat, dataset, tmp_path):
+    """So that a server's prefix cache holds them."""
+    flags = ("--num-image-views-per-sample", 2, "--sample-interval", 0.1)
+    lines, _, _ = annotated(dataset, tmp_path / "out", chat, *flags)
+    prefixes = set()
+    for body in chat.bodies:
+        *earlier, last = body["messages"]
+        roles = [message["role"] for message in earlier]
+        assert roles == ["system", *["user", "assistant"] * ap.EXAMPLE_COUNT]
+        kinds = [part["type"] for part in last["content"]]
+        assert kinds == ["image_url", "image_url", "text"]
+        prefixes.add(json.dumps(earlier))
+    assert "image_url" not in "".join(prefixes)
+    pairs = {(line["scenario_type"], line["response_type"]) for line in lines}
+    pool = max(len(examples) for examples in ap.EXAMPLES.values())
+    assert len(prefixes) <= len(pairs) * pool < len(chat.bodies)
+
+
+def test_bad_answers_are_asked_again_with_other_examples(chat, dataset, tmp_path):
+    bad = ("I am a model.", "{", '{"user_prompt": 3}')
+    chat.answer = in_turn(dialogue_of, *bad)
+    flags = ("--batch-size", 1, "--temperature", 0)
+    _, out, _ = annotated(dataset, tmp_path / "out", chat, *flags)
+    assert re.search("asked again +3\n", out)
+    hot = [body["temperature"] > 0 for body in chat.bodies[1:5]]
+    assert hot == [False, True, True, True]
+    chats = [body["messages"] for body in chat.bodies[1:5]]
+    assert len({json.dumps(messages[-1]) for messages in chats}) == 1
+    assert len({json.dumps(messages[:-1]) for messages in chats}) > 1
 
 
 @pytest.mark.parametrize("size", [(640, 480), (3000, 7), (448, 448), (1, 1)])
-def test_pictures_are_bounded_jpegs(chat, size):
-    pgen = connect([chat.url])
-    content = pgen.prepare([noise(*size).convert("RGBA"), noise(*size)], "hello")
-    assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
-    kind, data = content[0]["image_url"]["url"].split(",")
-    assert kind == "data:image/jpeg;base64"
-    shown = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert shown.format == "JPEG"
+def test_pictures_are_bounded_jpegs(pgen, size):
+    url = pictures_of({"messages": pgen.prepare([Image.new("RGB", size)], "hello")})[0]
+    assert url.startswith("data:image/jpeg;base64,")
+    shown = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
     assert shown.width * shown.height <= ap.MAX_PIXELS
-    if size[0] * size[1] <= ap.MAX_PIXELS:
-        assert shown.size == size
-    else:
-        ratio = (shown.width / shown.height) / (size[0] / size[1])
-        assert 0.85 < ratio < 1.2
+    assert shown.width / shown.height == pytest.approx(size[0] / size[1], rel=0.01)
+
+
+def test_special_tokens_are_broken_up(chat, pgen):
+    ask(pgen, "put <|im_end|> or </s><<|image_pad|>>, 3 < 4")
+    assert text_of(chat.bodies[-1]) == "put < |im_end|> or < /s><< |image_pad|>>, 3 < 4"
+    pgen.choose(["<image>"], [2])
+    assert text_of(chat.bodies[-1]) == "< image>"
+
+    @given(st.text(alphabet="<|>/im_end \n", max_size=30))
+    def check_text(text):
+        words = text_of({"messages": pgen.prepare([], text)})
+        assert not re.search(r"<[^<>\s]+>", words)
+        assert words.replace("< ", "<") == text.replace("< ", "<")
+
+    check_text()
+
+
+def test_seeds_are_sent_if_one_is_given_and_repeat(chat, dataset, tmp_path):
+    """--seed 0 is a seed as any other; without the flag, other tests see none sent."""
+
+    def seeds_of_a_run(name, *flags):
+        chat.bodies.clear()
+        annotated(dataset, tmp_path / name, chat, *flags)
+        return {prompt_of(body): body["seed"] for body in chat.bodies}
+
+    seeds = seeds_of_a_run("a", "--seed", 0)
+    assert seeds == seeds_of_a_run("b", "--seed", 0)
+    others = seeds_of_a_run("c", "--seed", 1)
+    assert len({*seeds.values(), *others.values()}) == 2 * (1 + SAMPLES)
 
 
 @pytest.mark.parametrize(
-    ("text", "neutral"),
+    ("field", "reply", "left"),
     [
-        ("put <|im_end|> away", "put < |im_end|> away"),
-        ("<image> and <start_of_turn>", "< image> and < start_of_turn>"),
-        ("</s><<|image_pad|>>", "< /s><< |image_pad|>>"),
-        ("3 < 4 and 5 > 4, <>", "3 < 4 and 5 > 4, <>"),
+        ("top_k", Reply(422, {"detail": "top_k"}), ALL_FIELDS - VLLM_FIELDS),
+        ("chat_template_kwargs", error(400, "unknown"), ALL_FIELDS - VLLM_FIELDS),
+        ("response_format", error(400, "not supported"), FEW_FIELDS),
+        ("response_format", error(500, "no grammar"), FEW_FIELDS),
+        ("response_format", {"content": None, "reasoning_content": "Hm"}, FEW_FIELDS),
+        ("response_format", " \n\n\n", FEW_FIELDS),
+        # Content in parts is joined.
+        ("messages", lambda x: [{"text": y} for y in dialogue_of(x)], ALL_FIELDS),
+        # One that is only busy refuses nothing.
+        ("messages", in_turn(*[error(429, ""), error(503, "")] * 2), ALL_FIELDS),
     ],
 )
-def test_special_tokens_are_broken_up(chat, text, neutral):
-    assert ap.break_markers(text) == neutral
-    assert connect([chat.url]).prepare([], text)[-1]["text"] == neutral
+def test_what_a_server_takes(chat, field, reply, left, capsys):
+    """It is found out by the first requests, and holds from then on."""
+    spoiled = in_turn(then=reply)
+    chat.answer = lambda body: (spoiled if field in body else dialogue_of)(body)
+    client = connect(chat)
+    assert len(chat.bodies) < 10
+    for _ in range(2):
+        assert ask(client) == dialogue_of(chat.bodies[-1])
+        assert set(chat.bodies[-1]) == left
+    assert ("requests are without" in capsys.readouterr().err) == (left != ALL_FIELDS)
 
 
-@given(st.text(alphabet="<|>/im_end \n", max_size=30))
-def test_no_marker_survives(text):
-    assert not re.search(r"<[^<>\s]+>", ap.break_markers(text))
+# ------------------------------------------------------------------ errors at the start
 
 
-def test_greedy_samples_when_asked_again(chat):
-    pgen = connect([chat.url], temperature=0)
-    content = pgen.prepare([], "hello")
-    for tries in range(3):
-        pgen.answer([content], tries)
-    assert [body["temperature"] for body in chat.bodies[-3:]] == [0, 0.7, 0.7]
-
-
-def test_seeds_belong_to_sample_and_try(chat):
-    def seeds_of_a_run(seed):
-        pgen = connect([chat.url], seed=seed)
-        first = chat.count
-        for prompt in ("a", "b"):
-            for tries in range(2):
-                pgen.answer([pgen.prepare([noise()], prompt)], tries)
-        return [body["seed"] for body in chat.bodies[first:]]
-
-    run = seeds_of_a_run(5)
-    assert run == seeds_of_a_run(5)
-    assert len(set(run) | set(seeds_of_a_run(6))) == 8
-    assert all(0 <= seed < 2**31 for seed in run)
-
-
-def test_invalid_answers_are_none(chat):
-    pgen = connect([chat.url])
-    content = pgen.prepare([], "hello")
-    good = dialogue_of({"messages": [{"content": "x"}]})
-    for text, is_valid in {
-        good: True,
-        f"```json\n{good}\n```": True,
-        f"<think>Well.</think>\n{good}": True,
-        "I am a model.": False,
-        "": False,
-    }.items():
-        chat.answer = lambda body, text=text: text
-        assert (pgen.answer([content])[0] is not None) == is_valid
-    chat.answer = lambda body: None
-    assert pgen.answer([content, content]) == [None, None]
-    with pytest.raises(ap.RunError, match="none of 4 answers"):
-        pgen.call_qwen([], "hello")
-
-
-def test_choose(chat):
-    pgen = connect([chat.url])
-    answers = {"q1": "B", "q2": " (A", "q3": "The", "q4": "D", "q5": "", "q6": "C."}
-    chat.answer = lambda body: answers[text_of(body)]
-    assert pgen.choose(list(answers), [3] * 6) == [1, 0, -1, -1, -1, 2]
-    body = chat.bodies[-1]
-    assert body["max_tokens"] == 1
-    assert body["temperature"] == 0
-    assert "response_format" not in body
-    chat.next_replies.append(error(400, "too long"))
-    assert pgen.choose(["q1"], [3]) == [-1]
-
-
-# ----------------------------------------------------------------- what is refused
-
-
-def test_refused_fields_are_left_out(chat, said):
-    chat.refused = {"response_format", "chat_template_kwargs"}
-    pgen = connect([chat.url])
-    assert chat.count == 2
-    assert ask_many(pgen, 20) == [expected(f"sample {n}") for n in range(20)]
-    assert chat.count == 22
-    names = "chat_template_kwargs, response_format"
-    assert said == [f"{chat.url}: refuses {names}; left out from now on"]
+def fail_at_start(dataset, tmp_path, servers, *flags):
+    """The message of a run that ends before anything is generated or written."""
+    code, out, err = serve(dataset, tmp_path / "out", servers, *flags)
+    assert (code, out) == (2, ""), err
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in err
+    return err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("answer", "quoted"),
     [
-        error(400, "Unrecognized request argument supplied: top_k"),
-        error(400, "not here", "body.top_k"),
-        Reply(422, {"detail": [{"loc": ["body", "top_k"], "msg": "extra"}]}),
-        Reply(400, "no top_k, please"),
-        Reply(422, {"detail": "Unexpected fields in the request: {'top_k'}"}),
+        ("I am a helpful model.", "I am a helpful model."),
+        ({"content": None, "reasoning_content": "Let me see"}, "Let me see"),
+        (error(400, "max_tokens is too large: 128"), "max_tokens is too large: 128"),
+        (error(500, "out of memory"), "out of memory"),
+        (Reply(200, "<html>Welcome</html>"), "first request"),
+        (error(403, "not with this key"), ap.KEY_VARIABLE),
+        (Reply(0), "Connection error"),
     ],
 )
-def test_however_a_field_is_refused(chat, said, reply):
-    chat.decide = lambda body: reply if "top_k" in body else None
-    pgen = connect([chat.url], seed=3)
-    assert pgen.servers[0].refused == {"top_k"}
-    assert "seed" in chat.bodies[-1]
-    sampling = json.loads(chat.bodies[-1]["generation_config"])
-    assert sampling == {"do_sample": True, "top_k": 0}
-    pgen.choose(["q"], [2])
-    assert json.loads(chat.bodies[-1]["generation_config"])["do_sample"] is False
+def test_first_requests_that_give_no_dialogue(chat, dataset, tmp_path, answer, quoted):
+    chat.answer = in_turn(then=answer)
+    assert quoted in fail_at_start(dataset, tmp_path, chat)
+    assert len(chat.bodies) <= 9
 
 
-def test_a_server_that_refuses_most_fields(chat, said):
-    chat.refused = {"max_tokens", "top_k", "generation_config", "temperature"}
-    connect([chat.url])
-    assert not chat.refused & set(chat.bodies[-1])
-    assert "response_format" in chat.bodies[-1]
-
-
-def test_structured_output_by_another_name(chat):
-    message = "json_schema is not supported by this engine"
-    chat.decide = lambda b: error(400, message) if "response_format" in b else None
-    assert connect([chat.url]).servers[0].refused == {"response_format"}
-
-
-def test_an_error_that_only_mentions_fields_changes_nothing(chat, said):
-    pgen = connect([chat.url])
-    message = (
-        "max_tokens=128 and 9000 tokens of input are too many; top_k 1 temperature"
-    )
-    chat.decide = lambda body: error(400, message) if "long" in text_of(body) else None
-    assert pgen.answer([pgen.prepare([], "long")]) == [None]
-    assert pgen.servers[0].refused == set()
-    assert pgen.answer([pgen.prepare([], "short")]) == [expected("short")]
-    assert "top_k" in chat.bodies[-1]
-
-
-@pytest.mark.parametrize("status", [400, 413, 422])
-def test_one_bad_request_is_one_failed_sample(chat, said, status):
-    pgen = connect([chat.url])
-    bad = error(status, "cannot read this picture")
-    chat.decide = lambda body: bad if text_of(body)[-1] in "37" else None
-    answers = ask_many(pgen, 10)
-    assert [n for n, answer in enumerate(answers) if answer is None] == [3, 7]
-    assert len(said) == 1
-    assert "cannot read this picture" in said[0]
-
-
-# ----------------------------------------------------------------- the first requests
-
-
-def fails(*args, **kwargs):
-    """The message of the InputError with which a client begins."""
-    with pytest.raises(ap.InputError) as caught:
-        connect(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_no_server_there(chat):
-    chat.stop()
-    message = fails([chat.url])
-    assert chat.url in message
-    assert "no server answers there" in message
-
-
-@pytest.mark.parametrize("key", ["", "sk-wrong-key"])
-def test_wrong_key(chat, monkeypatch, key):
+@pytest.mark.parametrize("key", ["", "sk-wrong-key", "sk-\u2026", "sk-a\nsk-b"])
+def test_wrong_key(chat, dataset, tmp_path, monkeypatch, key):
     chat.key = "sk-right-key"
     monkeypatch.setenv(ap.KEY_VARIABLE, key)
-    message = fails([chat.url])
+    message = fail_at_start(dataset, tmp_path, chat)
     assert ap.KEY_VARIABLE in message
     assert "sk-" not in message
-    assert ("asks for a key" in message) == (key == "")
 
 
-def test_right_key_is_never_shown(chat, said, monkeypatch, capfd):
-    chat.key = "sk-right-key"
-    monkeypatch.setenv(ap.KEY_VARIABLE, " sk-right-key\n")
-    pgen = connect([chat.url])
-    assert chat.headers[-1]["Authorization"] == "Bearer sk-right-key"
-    chat.decide = lambda body: error(400, "your key sk-right-key is fine")
-    assert pgen.answer([pgen.prepare([], "x")]) == [None]
-    chat.decide = lambda body: error(403, "your key sk-right-key is old")
-    with pytest.raises(ap.RunError, match="403 your key \\*\\*\\* is old"):
-        pgen.answer([pgen.prepare([], "x")])
-    assert "sk-right-key" not in "".join(said) + "".join(capfd.readouterr())
+def test_the_key_is_neither_printed_nor_written(chat, dataset, tmp_path, monkeypatch):
+    """Not even where a server quotes it, and --debug shows tracebacks."""
+    key = "sk-nobody-may-read-this"
+    chat.key = key
+    monkeypatch.setenv(ap.KEY_VARIABLE, f" {key}\n")
+    chat.answer = in_turn(dialogue_of, error(400, f"{key} is fine, this is not"))
+    code, out, err = serve(dataset, tmp_path / "a", chat, "--debug")
+    assert code == 0, err
+    assert set(chat.keys) == {f"Bearer {key}"}
+    chat.answer = in_turn(then=error(403, f"{key} has ended"))
+    *_, second = serve(dataset, tmp_path / "b", chat, "--debug")
+    chat.models = error(401, f"{key} is unknown")
+    *_, third = serve(dataset, tmp_path / "c", chat, "--debug")
+    for said in (err, second, third):
+        assert "***" in said
+        assert key not in out + said
+    assert not any(key.encode() in data for data in content(tmp_path).values())
 
 
-def test_key_with_strange_characters(chat, monkeypatch):
-    monkeypatch.setenv(ap.KEY_VARIABLE, "sk-\u2026")
-    message = fails([chat.url])
-    assert ap.KEY_VARIABLE in message
-    assert "\u2026" not in message
-
-
-def test_models(chat, other):
-    assert "serves demo, not nope; name" in fails([chat.url], "nope")
-    chat.models = ["a", "b"]
-    assert "serves a, b; name a served one with --model" in fails([chat.url])
-    assert connect([chat.url], "b").model == "b"
-    assert chat.bodies[-1]["model"] == "b"
-    chat.models = []
-    assert "serves no model" in fails([chat.url])
-    chat.models = ["a"]
-    assert f"{other.url}: serves demo, not a" in fails([chat.url, other.url])
-    assert f"{other.url}: serves demo, not a" in fails([chat.url, other.url], "a")
-    other.models = ["b", "a"]
-    assert connect([chat.url, other.url]).model == "a"
-
-
-def test_a_server_without_list_of_models(chat):
-    chat.models_reply = error(404, "Not Found")
-    assert "lists no models: 404 Not Found" in fails([chat.url])
-    assert connect([chat.url], "demo").model == "demo"
-    assert "The model `nope` does not exist" in fails([chat.url], "nope")
-
-
-@pytest.mark.parametrize("body", ["<html>Welcome</html>", "[]", {"data": 3}])
-def test_not_such_a_server(chat, body):
-    chat.models_reply = Reply(200, body)
-    assert "lists no models: unexpected reply" in fails([chat.url])
-
-
-def test_wrong_path(chat):
-    message = fails([chat.url.removesuffix("/v1")], "demo")
-    assert "/v1" in message
-    assert connect([chat.url + "/"]).servers[0].url == chat.url
-
-
-def test_no_vision(chat):
-    no_vision = error(400, "demo is not a multimodal model")
-    chat.decide = lambda body: no_vision if "image_url" in str(body) else None
-    assert "demo is not a multimodal model" in fails([chat.url])
-
-
-def test_prompt_too_long(chat):
-    too_long = error(400, "maximum context length is 100 tokens")
-    chat.decide = lambda body: too_long if len(text_of(body)) > 100 else None
-    assert "maximum context length" in fails([chat.url], prompt="x" * 101)
-    connect([chat.url], views=3)
-    pictures = [part["type"] for part in chat.bodies[-1]["messages"][0]["content"]]
-    assert pictures == ["image_url"] * 3 + ["text"]
-
-
-def test_a_model_that_only_thinks(chat):
-    for text, thoughts in ((None, "Let me see"), ("<think>Let me see", "")):
-        chat.decide = lambda body, t=text, r=thoughts: completion(
-            body, t, reasoning_content=r
-        )
-        assert "thinks before it answers" in fails([chat.url])
-
-
-def test_the_first_request_fails(chat):
-    chat.decide = lambda body: error(500, "out of memory")
-    assert "500 out of memory" in fails([chat.url])
-    chat.decide = lambda body: Reply(dropped=True)
-    assert "no server answers there" in fails([chat.url])
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_server_busy_at_the_start_is_waited_for(chat, status):
-    chat.models_reply = error(status, "busy")
-    chat.next_replies.extend([error(status, "busy")] * 2)
-    pgen = connect([chat.url], "demo")
-    assert pgen.answer([pgen.prepare([], "x")]) == [expected("x")]
-    assert "busy" in fails([chat.url])
+@pytest.mark.parametrize(
+    ("models", "flags", "expected"),
+    [
+        (["demo"], ["--model", "nope"], "serves demo, and nope is asked for"),
+        (["a", "b"], [], "serves a, b, .*name a served one with --model"),
+        (error(404, "Not Found"), [], "Not Found"),
+        (Reply(200, "<html>Welcome</html>"), ["--model", "demo"], "/v1"),
+    ],
+)
+def test_models_that_do_not_fit(chat, dataset, tmp_path, models, flags, expected):
+    chat.models = models
+    assert re.search(expected, fail_at_start(dataset, tmp_path, chat, *flags))
+    assert chat.bodies == []
 
 
 @pytest.mark.parametrize(
     "url",
-    [
-        "localhost:8000/v1",
-        "ftp://host/v1",
-        "http://",
-        "http://h\nost/v1",
-        "http://host:port/v1",
-        "http://host/v1?key=sk-secret",
-        "http://user:sk-secret@host/v1",
-        "http://sk-secret@host/v1",
-        "http://user:sk-secret@host:port/v1",
-    ],
+    ["host:80/v1", "http://host:port/v1", "http://a:secret@b/v1", "http://b?secret"],
 )
-def test_urls_that_are_none(url):
-    message = fails([url])
+def test_urls_that_are_none(dataset, tmp_path, url):
+    message = fail_at_start(dataset, tmp_path, url, "--model", "demo")
     assert "--server" in message
-    assert "sk-secret" not in message
-
-
-# ------------------------------------------------------------------------ on the way
-
-
-def test_many_at_once(chat):
-    pgen = connect([chat.url], requests_at_once=64)
-    chat.gate.clear()
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(ask_many, pgen, 200)
-        chat.wait_for(1 + 64)
-        assert chat.at_once == 64
-        chat.gate.set()
-        assert future.result() == [expected(f"sample {n}") for n in range(200)]
-    assert chat.most_at_once == 64
-
-
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_passing_errors(chat, said, status):
-    pgen = connect([chat.url])
-    chat.next_replies.extend([error(status, "later")] * 2)
-    assert pgen.answer([pgen.prepare([], "x")]) == [expected("x")]
-    assert chat.count == 4
-    assert said == []
+    assert "secret" not in message
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        Reply(dropped=True),
+        *(error(status, "later") for status in (408, 429, 500, 502, 503)),
+        error(429, "later", Retry_After="soon"),
         Reply(200, "<html>Bad gateway</html>"),
+        Reply(200, "<html>Back soon</html>", {"Content-Type": "text/html"}),
         Reply(200, {"error": {"message": "overloaded"}}),
-        Reply(200, {"choices": []}),
-        Reply(200, "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")),
+        Reply(0),
     ],
 )
-def test_broken_replies(chat, reply):
-    pgen = connect([chat.url])
-    chat.next_replies.extend([reply] * 2)
-    assert pgen.answer([pgen.prepare([], "x")]) == [expected("x")]
-    assert chat.count == 4
+def test_passing_errors(chat, pgen, reply):
+    """A request is sent again until it is answered, and the sample does not suffer."""
+    chat.answer = in_turn(reply, reply)
+    assert ask(pgen) == dialogue_of(chat.bodies[-1])
+    assert len(chat.bodies) == 4
 
 
-def test_retry_after_is_honoured(chat, monkeypatch):
-    monkeypatch.setattr(ap, "SERVER_PATIENCE", 1000.0)
-    pgen = connect([chat.url])
-    waits = []
-    monkeypatch.setattr(pgen.stopped, "wait", waits.append)
-    for value in ("30", "soon", "\u00b2"):
-        chat.next_replies.append(error(429, "slow down", retry_after=value))
-    assert pgen.answer([pgen.prepare([], "x")]) == [expected("x")]
-    assert waits[0] == 30
-    assert len(waits) == 3
-    assert all(wait <= ap.LONGEST_PAUSE for wait in waits[1:])
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_fails_no_sample(chat, status):
-    """However often it says so, and although it answers other requests."""
-    pgen = connect([chat.url])
-    asked = []
-
-    def refuse_ten_times(body):
-        if text_of(body) == "x":
-            asked.append(body)
-            return error(status, "busy") if len(asked) <= 10 else None
-        return None
-
-    chat.decide = refuse_ten_times
-    assert pgen.answer([pgen.prepare([], "x")]) == [expected("x")]
-
-
-def test_a_wait_beyond_patience_ends_the_run(chat):
-    pgen = connect([chat.url])
-    chat.next_replies.append(error(429, "quota", retry_after="86400"))
-    with pytest.raises(ap.RunError, match="asks to wait 86400 s"):
-        pgen.answer([pgen.prepare([], "x")])
-
-
-def test_a_restart_is_waited_for(chat, said):
-    pgen = connect([chat.url])
-    chat.gate.clear()
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(ask_many, pgen, 64)
-        chat.wait_for(1 + 64)
-        chat.stop()
-        chat.gate.set()
-        until(lambda: any("waiting for it" in line for line in said))
-        assert not future.done()
-        chat.start()
-        assert future.result() == [expected(f"sample {n}") for n in range(64)]
-    assert len(said) == 1
-
-
-def until(condition, timeout=20.0):
-    """Return when a condition holds that no event tells of."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_a_server_that_stays_away(chat, said, monkeypatch):
-    pgen = connect([chat.url])
-    monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.3)
-    chat.stop()
-    with pytest.raises(ap.RunError, match=r"no answer for .* run the same command"):
-        pgen.answer([pgen.prepare([], "x")])
-    assert len(said) == 1
-
-
-def test_a_server_whose_engine_has_died(chat, said, monkeypatch):
-    pgen = connect([chat.url])
-    monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.5)
-    chat.decide = lambda body: error(500, "EngineCore encountered an issue")
-    with pytest.raises(ap.RunError, match="EngineCore encountered an issue"):
-        pgen.answer([pgen.prepare([], "x")])
-
-
-def test_a_server_that_never_answers(chat, monkeypatch):
-    pgen = connect([chat.url])
-    monkeypatch.setattr(ap, "ANSWER_TIMEOUT", 0.2)
-    monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.1)
-    chat.gate.clear()
-    with pytest.raises(ap.RunError, match="timed out"):
-        pgen.answer([pgen.prepare([], "x")])
+def test_retry_after_is_honoured(chat, pgen):
+    chat.answer = in_turn(error(429, "slow down", Retry_After="1"))
+    started = time.monotonic()
+    assert ask(pgen)
+    assert 1 <= time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
-    "reply", [error(500, "cannot show this"), Reply(dropped=True), Reply(200, "what?")]
+    ("reply", "index", "place"),
+    [
+        (error(400, "'max_tokens' is too large: 128; there are 4000"), 55, (1, 10)),
+        (error(500, "Internal error"), 55, (1, 10)),
+        (Reply(0), 105, (2, 30)),
+    ],
 )
-@pytest.mark.parametrize("count", [1, 40])
-def test_a_request_that_breaks_a_server_is_one_failed_sample(chat, said, reply, count):
-    pgen = connect([chat.url])
-    last = f"sample {count - 1}"
-    chat.decide = lambda body: reply if text_of(body) == last else None
-    answers = ask_many(pgen, count)
-    assert answers[-1] is None
-    assert None not in answers[:-1]
-    assert any("no answer to a sample" in line for line in said)
+def test_a_bad_sample_fails_alone(chat, pgen, dataset, tmp_path, reply, index, place):
+    """Also the last one, and its error changes nothing about the others."""
+    bad = pictures_at(pgen, dataset, index)
+    chat.answer = lambda body: reply if pictures_of(body) == bad else dialogue_of(body)
+    code, _, err = serve(dataset, tmp_path / "out", chat)
+    assert code == 0, err
+    lines = check(dataset, tmp_path / "out", sampled=False)
+    places = {(line["episode_id"], line["frame_index"]) for line in lines}
+    assert set(expected_samples(dataset)) - places == {place}
+    assert "failed: episode {}, frame {}:".format(*place) in err
+    assert "no answer to a sample" in err
+    assert all(set(body) == ALL_FIELDS for body in chat.bodies)
 
 
-@pytest.mark.parametrize("status", [301, 401, 403, 404, 405])
-def test_refusals_that_hold_for_all_end_the_run(chat, status):
-    pgen = connect([chat.url])
-    chat.next_replies.append(error(status, "no longer"))
-    with pytest.raises(ap.RunError, match=f"{status} no longer"):
-        pgen.answer([pgen.prepare([], "x")])
+# ----------------------------------------------------------------- servers that go away
 
 
-def test_a_key_that_stops_holding(chat, monkeypatch):
-    chat.key = "sk-1"
-    monkeypatch.setenv(ap.KEY_VARIABLE, "sk-1")
-    pgen = connect([chat.url])
-    chat.key = "sk-2"
-    with pytest.raises(ap.RunError, match="401"):
-        pgen.answer([pgen.prepare([], "x")])
+def start_process(port="0"):
+    """Start a server in a process of its own: (process, URL)."""
+    program = [sys.executable, chat_server.__file__, "--port", port, "--delay", "0.1"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
 
 
-def test_the_end_of_a_run_ends_the_waiting(chat, said):
-    pgen = connect([chat.url])
-    executor = pgen.executor(1)
-    chat.stop()
-    future = executor.submit(pgen.answer, [pgen.prepare([], "x")])
-    until(lambda: said)
-    assert not future.done()
-    executor.shutdown(wait=False, cancel_futures=True)
-    with pytest.raises(ap.RunError, match="stopped"):
-        future.result(20)
-    # The next run is another.
-    chat.start()
-    again = pgen.executor(1).submit(pgen.answer, [pgen.prepare([], "x")])
-    assert again.result(20) == [expected("x")]
+def test_a_server_killed_and_started_again_loses_nothing(dataset, tmp_path):
+    output = tmp_path / "out"
+    process, url = start_process()
 
+    def kill_and_start_again():
+        wait_until(lambda: len(journal(output)) >= 3)
+        process.kill()
+        process.communicate()
+        kept = journal(output)
+        time.sleep(0.5)
+        again, _ = start_process(re.search(r":(\d+)/", url)[1])
+        return again, kept
 
-# -------------------------------------------------------------------- several servers
-
-
-def test_servers_share_the_load(chat, other):
-    pgen = connect([chat.url, other.url, chat.url])
-    assert len(pgen.servers) == 2
-    for server in (chat, other):
-        server.gate.clear()
     with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(ask_many, pgen, 100, 64)
-        for server in (chat, other):
-            server.wait_for(1 + 32)
-        assert (chat.at_once, other.at_once) == (32, 32)
-        for server in (chat, other):
-            server.gate.set()
-        assert None not in future.result()
-    assert chat.count + other.count == 102
+        future = executor.submit(kill_and_start_again)
+        lines, out, _ = annotated(dataset, output, url, "--sample-interval", 0.5)
+        again, kept = future.result()
+    again.kill()
+    again.communicate()
+    assert 3 <= len(kept) < len(lines) == 23
+    assert kept <= {line["user_prompt"] for line in lines}
+    assert re.search("generated in this run +23 ", out)
 
 
-def test_a_slow_server_holds_up_nobody(chat, other):
-    pgen = connect([chat.url, other.url])
-    chat.gate.clear()
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(ask_many, pgen, 100, 8)
-        other.wait_for(1 + 90)
-        # At most the half of the eight requests under way.
-        held = chat.at_once
-        chat.gate.set()
-        assert None not in future.result()
-    assert 1 <= held <= 4
+@pytest.mark.parametrize("status", [0, 401, 404, 429])
+def test_errors_that_stay(chat, dataset, tmp_path, monkeypatch, status):
+    """The run ends, and the same command goes on from there."""
+    monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.5)
+    output = tmp_path / "out"
+    no_longer = error(status, "no longer", Retry_After="86400")
+    chat.answer = in_turn(*[dialogue_of] * 6, then=no_longer)
+    code, out, err = serve(dataset, output, chat)
+    assert (code, out) == (1, "")
+    assert re.search("error: .*; check the server and run the same command again", err)
+    assert ("no longer" in err.splitlines()[-1]) == (status > 0)
+    assert not output.exists()
+    kept = journal(output)
+    assert len(kept) == 5
+    chat.answer = dialogue_of
+    chat.bodies.clear()
+    annotated(dataset, output, chat)
+    assert not kept & {prompt_of(body) for body in chat.bodies}
 
 
-def test_what_one_server_refuses_another_may_take(chat, other, said):
-    chat.refused = {"top_k"}
-    pgen = connect([chat.url, other.url])
-    assert None not in ask_many(pgen, 10)
-    assert "top_k" not in chat.bodies[-1]
-    assert "top_k" in other.bodies[-1]
+@pytest.mark.parametrize("way", ["gone", "hangs", "fails"])
+def test_one_of_two_servers_may_go(chat, other, dataset, tmp_path, monkeypatch, way):
+    monkeypatch.setattr(ap, "ANSWER_TIMEOUT", 0.5)
+    end = threading.Event()
 
+    def fail(body):
+        if way == "hangs":
+            end.wait(60)
+        if way == "gone":
+            threading.Thread(target=chat.stop).start()
+        return error(500, "engine died") if way == "fails" else Reply(0)
 
-def test_a_server_that_is_down_is_skipped(chat, other, said, monkeypatch):
-    pgen = connect([chat.url, other.url])
-
-    def fail(seconds):
-        raise AssertionError("nobody has to wait")
-
-    monkeypatch.setattr(pgen.stopped, "wait", fail)
-    monkeypatch.setattr(ap, "FIRST_PAUSE", 1000.0)
-    monkeypatch.setattr(ap, "LONGEST_PAUSE", 1000.0)
-    chat.stop()
-    assert None not in ask_many(pgen, 100, threads=4)
-    assert other.count == 101
-    # Back, it is found again.
-    chat.start()
-    pgen.servers[0].rests_until = 0.0
-    before = chat.count
-    assert None not in ask_many(pgen, 100, threads=4)
-    assert chat.count - before > 30
-
-
-def test_a_run_goes_on_while_one_server_stays_away(chat, other, said, monkeypatch):
-    pgen = connect([chat.url, other.url])
-    monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.2)
-    chat.stop()
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline:
-        assert None not in ask_many(pgen, 20, threads=4)
-    assert sum("waiting for it" in line for line in said) <= 1
-
-
-def test_all_servers_away(chat, other, said, monkeypatch):
-    pgen = connect([chat.url, other.url])
-    monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.3)
-    chat.stop()
-    other.stop()
-    with pytest.raises(ap.RunError):
-        pgen.answer([pgen.prepare([], "x")])
-
-
-# ------------------------------------------------------------------ the surroundings
-
-
-def test_localhost_is_reached_past_a_proxy(chat, monkeypatch):
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for host in ("127.0.0.1", "localhost"):
-        pgen = connect([f"http://{host}:{chat.port}/v1"])
-        assert pgen.answer([pgen.prepare([], "x")]) == [expected("x")]
-
-
-def test_other_hosts_are_reached_through_a_proxy(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        monkeypatch.delenv("NO_PROXY", raising=False)
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        asked = []
-
-        def refuse():
-            connection = proxy.accept()[0]
-            asked.append(connection.recv(1000))
-            connection.close()
-
-        thread = threading.Thread(target=refuse)
-        thread.start()
-        fails(["http://models.example/v1"])
-        thread.join()
-    assert asked[0].startswith(b"GET http://models.example/v1/models")
-
-
-def test_a_proxy_that_is_none(monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "gopher://127.0.0.1")
-    assert "proxy" in fails(["http://models.example/v1"])
-
-
-SCRIPT = """
-import sys
-import annotate_pgen as ap
-pgen = ap.ServerPgen([sys.argv[1]])
-pgen.check(1, "hello")
-sys.stdin.readline()
-executor = pgen.executor(64)
-prepared = [pgen.prepare([], f"sample {n}") for n in range(64)]
-try:
-    futures = [executor.submit(pgen.answer, [content]) for content in prepared]
-    for heavy in ("torch", "transformers", "lerobot", "pandas"):
-        assert heavy not in sys.modules, heavy
-    futures[0].result()
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-    executor.shutdown(wait=False, cancel_futures=True)
-    sys.exit(130)
-"""
-
-
-def test_an_interrupted_process_ends_at_once(chat):
-    program = [sys.executable, "-c", SCRIPT, chat.url]
-    process = subprocess.Popen(
-        program,
-        cwd=Path(ap.__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    chat.wait_for(1)
-    chat.gate.clear()
-    # Not before, or the first requests would be answered.
-    process.stdin.write("go on\n")
-    process.stdin.flush()
-    chat.wait_for(1 + 64)
+    chat.answer = in_turn(dialogue_of, dialogue_of, then=fail)
+    # What the one takes, the other may refuse.
+    refusal = in_turn(then=error(422, "Unexpected fields: {'top_k'}"))
+    other.answer = lambda body: (refusal if "top_k" in body else dialogue_of)(body)
     started = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 3.0  # 0.1 s on an idle machine
-    assert (process.returncode, errors) == (130, "")
-    assert output == "interrupted\n"
+    annotated(dataset, tmp_path / "out", [chat, other])
+    assert time.monotonic() - started < 20
+    assert len(other.bodies) >= 3 + SAMPLES - 1
+    assert "top_k" in chat.bodies[-1]
+    end.set()
 
 
-def test_daemon_executor():
-    executor = ap.DaemonExecutor(3)
-    assert list(executor.map(lambda number: number**2, range(10))) == [
-        number**2 for number in range(10)
-    ]
-    failed = executor.submit(int, "x")
-    with pytest.raises(ValueError, match="invalid literal"):
-        failed.result()
-    gate = threading.Event()
-    held = [executor.submit(gate.wait) for _ in range(3)]
-    until(lambda: all(future.running() for future in held))
-    with ThreadPoolExecutor(1) as other:
-        fourth = other.submit(executor.submit, gate.wait)
-        assert not wait([fourth], timeout=0.2).done
-        gate.set()
-        assert fourth.result().result()
-    assert all(future.result() for future in held)
+def test_connections_that_a_server_leaves_hanging(chat, dataset, tmp_path, monkeypatch):
+    """As vLLM does when it is told to end: it takes no others, and answers nothing."""
+    monkeypatch.setattr(ap, "ANSWER_TIMEOUT", 0.5)
+    four = threading.Barrier(4)
+    end = threading.Event()
+
+    def hang(body):
+        if four.wait(60) == 0:
+            chat.stop(drop=False)
+            chat.answer = dialogue_of
+            chat.start()
+        return end.wait(60) and ""
+
+    chat.answer = in_turn(*[dialogue_of] * 3, then=hang)
+    annotated(dataset, tmp_path / "out", chat)
+    end.set()
+
+
+def test_a_busy_server_gets_more_time(chat, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(ap, "ANSWER_TIMEOUT", 0.4)
+    one_at_a_time = threading.Lock()
+
+    def answer(body):
+        with one_at_a_time:
+            time.sleep(0.1)
+            return dialogue_of(body)
+
+    chat.answer = answer
+    annotated(dataset, tmp_path / "out", chat, "--batch-size", SAMPLES)
+
+
+def test_an_interrupted_process_ends_at_once(chat, dataset, tmp_path):
+    """Requests that are under way do not hold it up; the same command goes on."""
+    output = tmp_path / "out"
+    end = threading.Event()
+    chat.answer = in_turn(*[dialogue_of] * 3, then=lambda body: end.wait(120) and "")
+    given = ("--data-dir", dataset, "--output-dir", output, "--batch-size", "4")
+    program = [sys.executable, ap.__file__, *given, "--server", chat.url]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(program, text=True, **pipes)
+    wait_until(lambda: len(journal(output)) == 2 and chat.under_way == 4)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    # 0.3 s on an idle machine.
+    assert time.monotonic() - started < 5
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("error: interrupted; the same command goes on from here\n")
+    assert "Traceback" not in err
+    end.set()
+    chat.answer = dialogue_of
+    chat.bodies.clear()
+    annotated(dataset, output, chat)
+    assert len(chat.bodies) == 1 + SAMPLES - 2
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_verify(chat, dataset, tmp_path, monkeypatch, knows):
+    """A server that knows which skill each dialogue was for, and one that does not."""
+    monkeypatch.setattr(ap, "PROMPT", "{skill}")
+    monkeypatch.setattr(ap, "VERIFY_PROMPT", "{user_prompt}\n{options}")
+    skill_of = {name: name for name in SKILLS}
+    questions = []
+
+    def answer(body):
+        if body["max_tokens"] > 1:
+            skill_of[prompt_of(body)] = text_of(body)
+            return dialogue_of(body)
+        questions.append(body)
+        sentence, *options = text_of(body).split("\n")
+        labels = dict(option.split(". ")[::-1] for option in options)
+        return labels[skill_of[sentence]] if knows else "The"
+
+    chat.answer = answer
+    lines, out, _ = annotated(dataset, tmp_path / "out", chat, "--verify")
+    assert {line["skill_recovered"] for line in lines} == {knows}
+    tries = 1 if knows else ap.MAX_TRIES
+    assert len(chat.bodies) - len(questions) == 1 + SAMPLES * tries
+    assert ("--verify means little here" in out) != knows
+    for body in questions:
+        assert set(body) == ALL_FIELDS - {"response_format"}
+        assert (body["max_tokens"], body["temperature"]) == (1, 0)
+        assert not pictures_of(body)
