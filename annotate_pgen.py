@@ -974,11 +974,11 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
             "--interjections.enabled=false --vqa.enabled=false; or add --task-as-skill,"
             " and the task counts as the skill of such an episode"
         )
-    for other, theirs in forms.items():
-        if other != name and not lacking and len(theirs) == len(found):
-            compare_forms(source, name, found, other, theirs)
     notes = find_other_version(source) if found and name == SKILLS_FILE else []
     kept = leave_out_late_skills(source, name, found, notes)
+    for other, theirs in forms.items():
+        if other != name and not lacking and len(theirs) == len(found):
+            compare_forms(source, name, kept, other, theirs)
     for index in lacking:
         first_task = int(source.episodes[index].frames["task_index"].iloc[0])
         task = source.tasks.get(first_task)
@@ -2425,9 +2425,8 @@ class ServerPgen:
         """Answer the questions of --verify, as QwenPgen does; -1 is no option."""
         choices = []
         for question, count in zip(questions, option_counts, strict=True):
-            text = self.ask(
-                self.prepare([], question)[1:], tries=0, max_tokens=1
-            ).strip()
+            messages = self.prepare([], question)[1:]
+            text = self.ask(messages, tries=0, max_tokens=1).strip()
             option = OPTION_LABELS.find(text[:1] or "?")
             choices.append(option if option < count else -1)
         return choices
@@ -2467,16 +2466,12 @@ class ServerPgen:
             if is_refused:
                 say(f"no answer to a sample: {problem}")
                 return ""
-            if (
-                isinstance(failure, openai.APITimeoutError)
-                and server.answered_at > sent
-            ):
+            is_timeout = isinstance(failure, openai.APITimeoutError)
+            if is_timeout and server.answered_at > sent:
                 # It answers others, so it is only busy.
                 self.timeout = min(2 * self.timeout, SERVER_PATIENCE)
-            if (
-                now - max(began, *(x.answered_at for x in self.servers))
-                > SERVER_PATIENCE
-            ):
+            last_answer = max(began, *(x.answered_at for x in self.servers))
+            if now - last_answer > SERVER_PATIENCE:
                 raise RunError(f"{problem}; nothing else for ten minutes; {remedy}")
             if failures == 3:
                 say(f"waiting, ten minutes at most: {problem}")
@@ -2519,24 +2514,26 @@ class ServerPgen:
         import openai
 
         unset: Any = openai.NOT_GIVEN
-        is_choice = max_tokens == 1
+        temperature = retry_temperature(self.temperature, tries)
         schema = {"name": "dialogue", "strict": True, "schema": DIALOGUE_SCHEMA}
-        response_format = {"type": "json_schema", "json_schema": schema}
+        response_format: Any = {"type": "json_schema", "json_schema": schema}
+        if server.left_out > 1:
+            response_format = unset
+        # One token is the letter of a skill, for --verify.
+        if max_tokens == 1:
+            temperature = 0.0
+            response_format = unset
         thinking = {"enable_thinking": False}
         own = {"top_k": TOP_K or -1, "chat_template_kwargs": thinking}
         seed = random.Random(f"{self.seed} {tries} {messages}").getrandbits(31)
         completion = server.client.chat.completions.create(
             model=self.model,
             messages=messages,
-            temperature=0.0
-            if is_choice
-            else retry_temperature(self.temperature, tries),
+            temperature=temperature,
             top_p=TOP_P,
             max_tokens=max_tokens,
             seed=unset if self.seed is None else seed,
-            response_format=unset
-            if is_choice or server.left_out > 1
-            else response_format,
+            response_format=response_format,
             extra_body={} if server.left_out else own,
             timeout=self.timeout,
         )
@@ -2824,12 +2821,9 @@ class Annotator:
         if not dialogue and request.tries < MAX_TRIES:
             self.progress.retried += 1
             return True
-        if (
-            not dialogue
-            and request.fallback
-            and self.remember(sample, request.fallback)
-        ):
-            dialogue = request.fallback
+        fallback = request.fallback
+        if not dialogue and fallback and self.remember(sample, fallback):
+            dialogue = fallback
         if dialogue:
             finished[sample.index] = dialogue
             self.progress.generated += 1
@@ -3150,8 +3144,8 @@ def run_as_worker(args: argparse.Namespace, launch: Launch) -> None:
         samples = [sample for sample in job.plan.samples if sample.index in wanted]
         annotator = make_annotator(job, launch, known, part["known"])
         progress = annotator.progress
-        for finished in generate_part(job, launch, samples, annotator):
-            known.update(finished)
+        for _ in generate_part(job, launch, samples, annotator):
+            pass
     launch.send(f"report-{launch.rank}", asdict(progress))
 
 
