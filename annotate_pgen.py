@@ -1894,8 +1894,10 @@ def stems(text: str) -> set[str]:
 def word_stems(text: str) -> set[str]:
     """The words of a text of three letters and more, without common endings."""
     found = set()
+    # A few examples do not tell which short words mean nothing, such as "die".
+    shortest = 3 if sum(map(len, EXAMPLES.values())) >= 8 else 4
     for word in plain_words(text).split():
-        if len(word) > 2:
+        if len(word) >= shortest:
             stem = re.sub("(?<=...)(ing|ed|[ens])+$", "", word)
             # "putting" is like "put".
             found.add(re.sub(r"([^aeiou])\1$", r"\1", stem))
