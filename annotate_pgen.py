@@ -4051,7 +4051,8 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         deal_samples(launch, job.settings, samples=[])
         # The name may be another one than it was; a card under this one may be edited.
         card = job.output / "README.md"
-        if not card.is_file() or f'"{job.name}"' not in card.read_text("utf-8"):
+        text = card.read_text("utf-8", "replace") if card.is_file() else ""
+        if f'"{job.name}"' not in text:
             write_card(job.output, job.name)
     elif args.preview:
         preview(job, launch)
