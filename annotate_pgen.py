@@ -82,32 +82,49 @@ import time
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cache, cached_property, lru_cache, partial
-from itertools import chain, islice, product, zip_longest
+from itertools import count, groupby, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("error: Python 3.10 to 3.13 is needed; install one of them")
 
-if TYPE_CHECKING:
+INSTALL = "run `python -m pip install -r requirements.txt`"
+# What takes seconds to import is imported where it is used.
+try:
+    import av
+    import jinja2
     import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from filelock import FileLock, Timeout
+    from PIL import Image
+    from tqdm import tqdm
+except ModuleNotFoundError as missing:
+    print(f"error: {missing}; {INSTALL}", file=sys.stderr)
+    sys.exit(2)
+
+if TYPE_CHECKING:
     import openai
     import pandas as pd
     import torch
-    from PIL import Image
 
 Turns = Sequence[tuple[str, str]]  # Earlier questions of a chat with their answers.
+Prepared = dict[str, Any]  # What a model is given for a sample.
+Settings = dict[str, Any]  # All that the dialogues depend on.
+Line = dict[str, Any]  # A line of syn_annotations.jsonl.
+Rows = list[tuple[str, str]]  # Names and values of figures, in words.
 
 COLUMN = "task_index_high_level"
 SUFFIX = "_with_high_level_tasks"
 # The settings that a dataset was made with, in the finished dataset.
 RECORD = Path("meta", "annotate_pgen.json")
-DISK_REMEDY = "check the disk, and the same command goes on from here"
+RESUME_REMEDY = "the same command goes on from here"
+DISK_REMEDY = f"check the disk; {RESUME_REMEDY}"
 # They break lines, act on terminals, or cannot be written in UTF-8.
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -131,7 +148,8 @@ def errors_as(
     try:
         yield
     except errors as error:
-        reason = one_line(str(error)).rstrip(".") or type(error).__name__
+        text = getattr(error, "strerror", None) or str(error) or repr(error)
+        reason = one_line(text).rstrip(".")
         raise kind(f"{problem}: {reason[:500]}; {remedy}") from error
 
 
@@ -149,8 +167,6 @@ def name_some(items: Iterable[Any], limit: int = 10) -> str:
 
 def say(message: str) -> None:
     """Write a line to stderr, above a progress bar if there is one."""
-    from tqdm import tqdm
-
     tqdm.write(one_line(message), file=sys.stderr)
 
 
@@ -271,19 +287,11 @@ person: Could you put the scarf on the snowman, please?
 confirmation: Of course, I'll put the scarf on the snowman.
 acknowledgment: On it, the scarf is going on the snowman.
 
-picture: a telescope on its tripod, the moon to the right of it
-task: look at the moon
-history: set up the tripod; mount the telescope
-skill: rotate the telescope to the moon
-person: Great, I think it's steady. Now turn the telescope to the moon.
-confirmation: Okay, I'll turn it to the moon.
-acknowledgment: Alright, turning the telescope to the moon.
-
 picture: a ukulele on its peg, the left hand around its neck
 task: put the ukulele away
 history: carry the ukulele to its peg; hang up the ukulele
 skill: release the ukulele
-person: Nice, it's safe up there. You can let go of the ukulele.
+person: Nice, I think it's safe up there. You can let go of the ukulele.
 confirmation: Okay, I'll let go of the ukulele.
 acknowledgment: Got it, letting go of the ukulele.
 
@@ -293,7 +301,6 @@ task: bring in the pumpkins
 history: push the wheelbarrow to the field
 skill: lift the white pumpkin into the wheelbarrow
 person: Leave the green pumpkin, just put the white one into the wheelbarrow.
-confirmation: Okay, I'll put the white pumpkin in.
 acknowledgment: Got it, the white one goes into the wheelbarrow.
 constraint_acknowledgment: I'll leave the green one and put the white pumpkin in.
 
@@ -302,25 +309,14 @@ task: help the rabbit down
 history: lean the ladder against the roof
 skill: hold the ladder
 person: Don't let go yet, the rabbit is still up there. Keep holding the ladder.
-confirmation: Sure, I'll keep holding the ladder.
 acknowledgment: Okay, I'm holding the ladder.
 constraint_acknowledgment: I won't let go, I'll hold the ladder for the rabbit.
-
-picture: a tent with a green peg in the ground and a blue peg, a mallet in the hand
-task: put up the tent
-history: knock in the green peg; set up the blue peg
-skill: knock in the blue peg
-person: The green peg is fine, don't hit that again. Knock in the blue one.
-confirmation: Sure, I'll knock in the blue peg.
-acknowledgment: Got it, knocking in the blue peg.
-constraint_acknowledgment: I'll leave the green one and knock in the blue peg.
 
 picture: an aquarium with a snail and a goldfish, a fishing net in the gripper
 task: clean the aquarium
 history: dip the fishing net into the aquarium
 skill: robot scoops up goldfish with fishing net
 person: The snail can stay in there, just scoop up the goldfish with the net.
-confirmation: Okay, I'll scoop up the goldfish.
 acknowledgment: Alright, scooping up the goldfish.
 constraint_acknowledgment: Sure, I'll leave the snail and scoop up the goldfish.
 
@@ -332,7 +328,6 @@ skill: move the scoop over the feeder
 person: Good, the scoop is full. Now move it over the feeder.
 confirmation: Okay, I'll move the scoop over the feeder.
 clarification: Okay, I'll move the scoop right over the feeder.
-acknowledgment: Got it, moving the scoop over the feeder.
 
 picture: a blue flag halfway up its mast, the hand below it
 task: raise the flag
@@ -341,7 +336,6 @@ skill: pull the flag up to the top
 person: It's only halfway up, so pull the flag to the top.
 confirmation: Sure, I'll pull it to the top.
 clarification: Sure, I'll pull it all the way up to the top.
-acknowledgment: Okay, pulling the flag up to the top.
 
 picture: a parrot eating in its birdcage, the arm reaching inside
 task: feed the parrot
@@ -350,16 +344,6 @@ skill: retract the arm from the birdcage
 person: Nice, the parrot is eating. You can take your arm out of the birdcage.
 confirmation: Okay, I'll take my arm out.
 clarification: Then I'll take my arm out of the birdcage.
-acknowledgment: Alright, taking my arm out of the birdcage.
-
-picture: a saddle with two buckles, the gripper at the left, closed one
-task: close the buckles of the saddle
-history: reach for the left buckle; close the left buckle
-skill: move to the right buckle
-person: Great, that one is closed. Now go on to the right buckle.
-confirmation: Sure, I'll go on to the right buckle.
-clarification: Okay, the right one is next, so I'll go on to that buckle.
-acknowledgment: Okay, moving on to the right buckle.
 
 scenario: implicit_request
 picture: a campfire burning low, a log in the gripper
@@ -367,7 +351,6 @@ task: keep the campfire going
 history: pick up a log
 skill: place the log on the campfire
 person: It's burning low, could you put the log on the campfire?
-confirmation: Sure, I'll put the log on.
 clarification: Right, I'll put the log on the campfire.
 acknowledgment: Got it, putting the log on the campfire.
 
@@ -376,27 +359,16 @@ task: get the stroller ready
 history: unfold the stroller; reach for the canopy
 skill: pull the canopy over the stroller
 person: The sun is right on the stroller, could you get the canopy over it?
-confirmation: Of course, I'll pull the canopy over.
 clarification: Sure, I'll pull the canopy over the stroller so that it's out of the sun.
 acknowledgment: On it, pulling the canopy over the stroller.
 
 picture: a puppy at a meadow, the hand on its leash
 task: walk the puppy
-history: walk the puppy to the meadow; reach for the leash
+history: bring the puppy to the meadow; reach for the leash
 skill: remove the leash from the puppy
 person: There's nobody around, so you can take the leash off the puppy.
-confirmation: Okay, I'll take the leash off.
 clarification: Okay, then I'll take the leash off the puppy.
 acknowledgment: Alright, I'm taking the leash off the puppy.
-
-picture: an open umbrella in a narrow hallway, its handle in the right hand
-task: come in from the rain
-history: walk into the hallway
-skill: robot closes umbrella
-person: There's no need for an open umbrella in here, you can close it.
-confirmation: No problem, I'll close it.
-clarification: Then I'll close the umbrella.
-acknowledgment: Sure thing, closing the umbrella.
 
 scenario: constraint_based
 picture: a violin on a sofa, its bow to the right of it, both hands free
@@ -413,14 +385,6 @@ skill: lay the paddle along the left side of the rowboat
 person: Good, you've got the paddle. Lay it along the left side of the boat.
 confirmation: Okay, I'll lay it along the left side.
 constraint_acknowledgment: Okay, I'll lay the paddle right along the left side.
-
-picture: a bare Christmas tree, a garland in the right hand
-task: decorate the Christmas tree
-history: unpack the garland
-skill: hang the garland at the top of the Christmas tree
-person: Can you hang the garland right at the top of the Christmas tree?
-confirmation: Alright, I'll hang the garland at the top.
-constraint_acknowledgment: Got it, I'll hang the garland right at the top.
 
 picture: three beehives in a row, all closed, the arm above them
 task: check the beehives
@@ -455,11 +419,10 @@ def construct_prompt(
     Returns:
         PROMPT with its fields filled in, without the lines that have nothing to say.
     """
-    recent = [one_line(name) for name in history[-HISTORY_LENGTH:]]
     fields = {
         "picture": picture,
         "task": one_line(task),
-        "history": "; ".join(recent),
+        "history": "; ".join(map(one_line, history[-HISTORY_LENGTH:])),
         "scenario": SCENARIO_TYPES.get(scenario_type, ""),
         "response": RESPONSE_TYPES.get(response_type, ""),
         "skill": one_line(skill),
@@ -472,42 +435,34 @@ def construct_prompt(
     return "\n".join(lines)
 
 
-def choose_examples(
-    scenario_type: str = "", response_type: str = "", draw: int = 0
-) -> Turns:
+def choose_examples(scenario: str = "", response: str = "", draw: int = 0) -> Turns:
     """Choose the examples that are shown before a frame, as questions and answers.
 
     Args:
-        scenario_type: a key of EXAMPLES; "" takes examples of all of them.
-        response_type: a key of their replies; "" takes each example's first.
+        scenario: a key of EXAMPLES; "" takes examples of all of them.
+        response: a key of their replies; "" takes each example's first.
         draw: a number by which the choice is rotated.
     """
-    pool = list(
-        EXAMPLES.get(scenario_type) or chain(*zip(*EXAMPLES.values(), strict=False))
-    )
-    pool = [x for x in pool if not response_type or response_type in x.replies]
-    if not pool:
-        return []
-    start = draw % len(pool)
+    pools = [EXAMPLES[scenario]] if scenario else EXAMPLES.values()
+    pool = [x for examples in pools for x in examples]
+    pool = [x for x in pool if not response or response in x.replies]
+    start = draw % max(1, len(pool))
+    # Of all scenarios, neighbours are of the same one.
+    step = max(1, len(pool) // (EXAMPLE_COUNT + 1))
     turns = []
-    for example in (pool[start:] + pool[:start])[:EXAMPLE_COUNT]:
+    for x in (pool[start:] + pool[:start])[::step][:EXAMPLE_COUNT]:
         question = construct_prompt(
-            example.task,
-            example.history,
-            example.skill,
-            scenario_type,
-            response_type,
-            example.picture,
+            x.task, x.history, x.skill, scenario, response, x.picture
         )
-        reply = example.replies[response_type or next(iter(example.replies))]
-        answer = {"user_prompt": example.user_prompt, "robot_utterance": reply}
+        reply = x.replies[response or next(iter(x.replies))]
+        answer = {"user_prompt": x.user_prompt, "robot_utterance": reply}
         turns.append((question, json.dumps(answer, ensure_ascii=False)))
     return turns
 
 
-def suitable_responses(scenario_type: str) -> list[str]:
+def suitable_responses(scenario: str) -> list[str]:
     """The response types that every example of a scenario has a reply for."""
-    pool = EXAMPLES[scenario_type]
+    pool = EXAMPLES[scenario]
     return [name for name in RESPONSE_TYPES if all(name in x.replies for x in pool)]
 
 
@@ -532,26 +487,22 @@ def check_prompt() -> None:
         construct_prompt(task="x", history=["x"], skill="x", picture="x")
         construct_verify_prompt("x", ["x"])
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError(
-            f"PROMPT or VERIFY_PROMPT: {error!r}; a brace that is no field is written "
-            "twice, and the fields are those of the template as it was"
-        ) from error
-    for scenario in set(SCENARIO_TYPES) | set(EXAMPLES):
-        replies = {name for x in EXAMPLES.get(scenario, ()) for name in x.replies}
-        if replies - set(RESPONSE_TYPES):
-            names = name_some(sorted(replies - set(RESPONSE_TYPES)))
-            raise InputError(f"EXAMPLES: {names} stands in a block, and is no type")
-        known = scenario in SCENARIO_TYPES and replies
-        if not known or not suitable_responses(scenario):
+        remedy = "use the fields of before, and write any other brace twice"
+        raise InputError(f"PROMPT or VERIFY_PROMPT: {error!r}; {remedy}") from error
+    for scenario in {*SCENARIO_TYPES, *EXAMPLES}:
+        pool = EXAMPLES.get(scenario, [])
+        unknown = {name for x in pool for name in x.replies} - set(RESPONSE_TYPES)
+        is_dealt = scenario in SCENARIO_TYPES and pool and suitable_responses(scenario)
+        if unknown or not is_dealt:
             raise InputError(
-                f"SCENARIO_TYPES and EXAMPLES: {scenario!r} has to be in both, and its "
-                "examples to have replies of the same RESPONSE_TYPES"
+                f"SCENARIO_TYPES and EXAMPLES: {scenario!r} has to be in both, its "
+                f"examples with the same RESPONSE_TYPES; not known: {sorted(unknown)}"
             )
     if not set(SCENARIO_TYPES) - NOT_ON_FIRST_SAMPLE:
         raise InputError("SCENARIO_TYPES: holds none for an episode's first sample")
 
 
-def prompt_settings() -> dict[str, Any]:
+def prompt_settings() -> Settings:
     """All that is asked, as it is recorded in a dataset and compared on resuming."""
     examples = {}
     for scenario, pool in EXAMPLES.items():
@@ -581,48 +532,33 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class EpisodeFrames:
-    """The frames of an episode (FRAME_COLUMNS), and where they stand.
-
-    `first_row` is counted in the data file, `first_index` in the dataset.
-    """
+    """The frames of an episode (FRAME_COLUMNS), and where they stand."""
 
     episode_index: int
     path: Path
-    first_row: int
-    first_index: int
+    first_row: int  # In the data file.
+    first_index: int  # Among the frames of all data files that are there.
     frames: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset, as far as the plan needs it.
+    """A dataset, as far as the plan needs it."""
 
-    Attributes:
-        meta: its LeRobotDatasetMetadata.
-        root: its folder.
-        fps: frames per second.
-        table: the rows of meta/episodes, by episode index.
-        tasks: the texts of LeRobot's tasks, by task index.
-        data_files: those that are there, in LeRobot's order.
-        episodes: the frames of the wanted episodes, by index, in dataset order.
-    """
-
-    meta: Any
+    meta: Any  # Its LeRobotDatasetMetadata.
     root: Path
     fps: float
-    table: pd.DataFrame
-    tasks: dict[int, str]
-    data_files: list[Path]
-    episodes: dict[int, EpisodeFrames]
+    table: pd.DataFrame  # The rows of meta/episodes, by episode index.
+    tasks: dict[int, str]  # The texts of LeRobot's tasks, by task index.
+    data_files: list[Path]  # Those that are there, in LeRobot's order.
+    episodes: dict[int, EpisodeFrames]  # Those wanted, by index, in dataset order.
 
     def seconds(self, episode_index: int) -> float:
         """The length of an episode: its frames over `fps`."""
         return len(self.episodes[episode_index].frames) / self.fps
 
 
-def find_dataset(
-    repo_id: str | None, data_dir: Path | None, revision: str | None
-) -> Path:
+def find_dataset(args: argparse.Namespace) -> Path:
     """Find the folder of a dataset, and download it if it is only on the Hub.
 
     LeRobot's own local copy is used if there is one and no revision is named. What is
@@ -631,18 +567,22 @@ def find_dataset(
     from huggingface_hub import snapshot_download
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    if data_dir and not data_dir.is_dir():
-        raise InputError(f"--data-dir {data_dir}: no such folder; check the path")
-    if data_dir:
-        return data_dir.resolve()
-    local_copy = HF_LEROBOT_HOME / str(repo_id)
-    if not revision and (local_copy / "data").is_dir():
-        return local_copy.resolve()
-    say(f"downloading {repo_id}")
-    download = partial(snapshot_download, repo_type="dataset", revision=revision)
+    folder = args.data_dir or HF_LEROBOT_HOME / args.repo_id
+    if args.data_dir and not folder.is_dir():
+        raise InputError(f"--data-dir {folder}: no such folder; check the path")
+    if args.data_dir or (not args.revision and (folder / "data").is_dir()):
+        return folder.resolve()
+    say(f"downloading {args.repo_id}")
+    problem = f"--repo-id {args.repo_id}: cannot be downloaded"
     remedy = "check the name, --revision, the network and that you are logged in"
-    with errors_as(InputError, f"--repo-id {repo_id}: cannot be downloaded", remedy):
-        folder = ask_hub(download, repo_id=repo_id, cache_dir=HF_LEROBOT_HOME / "hub")
+    with errors_as(InputError, problem, remedy):
+        folder = ask_hub(
+            snapshot_download,
+            repo_id=args.repo_id,
+            repo_type="dataset",
+            revision=args.revision,
+            cache_dir=HF_LEROBOT_HOME / "hub",
+        )
     return Path(folder)
 
 
@@ -652,31 +592,25 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
     LeRobot turns to the Hub when a file is missing, and fails there with a misleading
     error. So the folder is checked first.
     """
-    import av
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
+    tables = sorted(root.glob("meta/episodes/*/*.parquet"))
     info_file = root / "meta" / "info.json"
-    if not info_file.is_file():
-        raise InputError(
-            f"{info_file}: not there, so this is no dataset; check the path"
-        )
+    for path in (info_file, root / "meta" / "tasks.parquet", *tables):
+        check_file(path)
     info = read_json(info_file)
     version = str(info.get("codebase_version"))
-    if version == "v2.1":
-        converter = "convert it with LeRobot's convert_dataset_v21_to_v30"
-        raise InputError(f"{info_file}: has format v2.1, not v3.0; {converter}")
     if not version.startswith("v3."):
         remedy = "bring it to v3.0 with the LeRobot that knows it"
+        if version == "v2.1":
+            remedy = "convert it with LeRobot's convert_dataset_v21_to_v30"
         raise InputError(f"{info_file}: has format {version}, not v3.0; {remedy}")
     # LeRobot 0.4 takes anything.
     fps = info.get("fps")
-    if not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
-        raise InputError(f"{info_file}: fps is {fps!r}, not a number above 0; mend it")
-    tables = sorted(root.glob("meta/episodes/*/*.parquet"))
+    if not isinstance(fps, (int, float)) or not 0 < fps < 1e6:
+        raise InputError(f"{info_file}: fps is {fps!r:.50}; mend it")
     if not tables:
         raise InputError(f"{root}/meta/episodes: has no parquet file; restore it")
-    for path in [root / "meta" / "tasks.parquet", *tables]:
-        check_file(path)
     problem = f"{root}: LeRobot cannot open the dataset"
     with errors_as(InputError, problem, "repair its meta folder"):
         meta = LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
@@ -686,13 +620,10 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that is missing, or for which Git LFS has left a pointer."""
-    if not path.is_file():
-        raise InputError(
-            f"{path}: is missing; restore it or download the dataset again"
-        )
-    with path.open("rb") as file:
-        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    """Refuse a file that is not there, or for which Git LFS has left a pointer."""
+    remedy = "check the path, or download the dataset again"
+    with errors_as(InputError, f"{path}: cannot be read", remedy), path.open("rb") as f:
+        is_pointer = f.read(len(LFS_POINTER)) == LFS_POINTER
     if is_pointer:
         raise InputError(f"{path}: is only a pointer to the file; run `git lfs pull`")
 
@@ -719,13 +650,17 @@ def read_source(dataset: Any) -> Source:
     paths = sorted(root.glob("meta/episodes/*/*.parquet"))
     # LeRobot's SARM annotator can leave rows without an index, which are no episodes.
     table = pd.concat([read_columns(path, columns) for path in paths])
-    table = table.dropna(subset=["episode_index"]).astype({"episode_index": "int64"})
-    table = table.set_index("episode_index")
+    table = table.dropna(subset=["episode_index"])
+    if not np.isfinite(table.astype(float)).all(axis=None):
+        raise InputError(f"{root}/meta/episodes: holds nulls; restore the files")
+    table = table.astype({"episode_index": "int64"}).set_index("episode_index")
     wanted = set(table.index)
     if dataset is not meta and dataset.episodes is not None:
         wanted &= set(dataset.episodes)
-    if not wanted:
-        raise InputError(f"{root}: has no episodes; record some first")
+    if not wanted or not table.index.is_unique:
+        raise InputError(
+            f"{root}/meta/episodes: has no episodes, or one twice; mend it"
+        )
     for key in meta.video_keys:
         for path in sorted(set(find_videos(meta, table, key, wanted).values())):
             check_file(path)
@@ -748,36 +683,28 @@ def read_source(dataset: Any) -> Source:
     return Source(meta, root, float(meta.fps), table, tasks, data_files, episodes)
 
 
-def read_data_file(
-    path: Path, first_index: int, lengths: pd.Series
-) -> Iterator[EpisodeFrames]:
+def read_data_file(path: Path, first: int, lengths: Any) -> Iterator[EpisodeFrames]:
     """Read the episodes of a data file, whose first frame has this index."""
-    import numpy as np
-
     check_file(path)
     frames = read_columns(path, FRAME_COLUMNS)
     if frames.isna().any(axis=None):
-        raise InputError(f"{path}: holds nulls in {FRAME_COLUMNS}; restore the file")
+        raise InputError(f"{path}: {FRAME_COLUMNS} hold nulls; restore the file")
     check_not_annotated(path)
-    if frames.empty:
-        return
     numbers = frames["episode_index"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1)).tolist()
-    for start, end in zip(starts, [*starts[1:], len(frames)], strict=True):
+    for start, end in pairwise([*starts, len(frames)]):
         index = int(numbers[start])
         if lengths.get(index) != end - start:
             raise InputError(
                 f"{path}: has {end - start} frames of episode {index} together, where "
                 f"meta/episodes says {lengths.get(index)}; restore the files"
             )
-        part = frames.iloc[start:end]
-        yield EpisodeFrames(index, path, start, first_index + start, part)
+        yield EpisodeFrames(index, path, start, first + start, frames.iloc[start:end])
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read columns of a parquet file, which must be there and hold numbers."""
     import pandas as pd
-    import pyarrow.parquet as pq
 
     with errors_as(InputError, f"{path}: cannot be read", "restore the file"):
         lacking = [name for name in columns if name not in pq.read_schema(path).names]
@@ -797,8 +724,6 @@ def check_not_annotated(path: Path) -> None:
     A column of nothing but negative numbers is a placeholder, as LeRobot's older
     annotation tool writes it, and is replaced.
     """
-    import pyarrow.parquet as pq
-
     is_there = COLUMN in pq.read_schema(path).names
     if is_there and (read_columns(path, [COLUMN])[COLUMN] >= 0).any():
         root = path.parents[2]
@@ -825,33 +750,27 @@ def read_names(path: Path, number_column: str) -> dict[int, str]:
             table = pd.read_json(path, lines=True)
         else:
             table = pd.read_parquet(path).reset_index()
-    # LeRobot's index of names may have lost its own name.
-    for name in sorted(table, key=lambda name: name not in NAME_COLUMNS):
-        texts = table[name].tolist()
-        if name != number_column and all(isinstance(text, str) for text in texts):
-            numbers = table.get(number_column, table.index)
-            return dict(zip(map(int, numbers), map(one_line, texts), strict=True))
+        # LeRobot's index of names may have lost its own name.
+        for name in sorted(table, key=lambda name: name not in NAME_COLUMNS):
+            texts = table[name].tolist()
+            if name != number_column and all(isinstance(text, str) for text in texts):
+                numbers = table.get(number_column, table.index)
+                return dict(zip(map(int, numbers), map(one_line, texts), strict=True))
     raise InputError(f"{path}: holds no names beside {number_column}; add them")
 
 
-def find_videos(
-    meta: Any, table: pd.DataFrame, camera_key: str, episode_indices: Iterable[int]
-) -> dict[int, Path]:
-    """The video file of each episode, by LeRobot's path template."""
+def find_videos(meta: Any, table: Any, key: str, indices: Any) -> dict[int, Path]:
+    """The video file of each episode of a camera, by LeRobot's path template."""
     names = ["chunk_index", "file_index"]
-    rows = table[[f"videos/{camera_key}/{name}" for name in names]].astype("int64")
+    rows = table[[f"videos/{key}/{name}" for name in names]].astype("int64")
     paths = {}
-    for index in episode_indices:
+    for index in indices:
         place = dict(zip(names, rows.loc[index].tolist(), strict=True))
-        paths[index] = Path(
-            meta.root, meta.video_path.format(video_key=camera_key, **place)
-        )
+        paths[index] = Path(meta.root, meta.video_path.format(video_key=key, **place))
     return paths
 
 
-def choose_cameras(
-    source: Source, view_count: int, camera_keys: Sequence[str] | None
-) -> list[str]:
+def choose_cameras(source: Source, count: int, keys: Sequence[str] | None) -> list[str]:
     """Decide which cameras the model sees: the first colour cameras, or those named."""
     cameras = []
     for key, feature in source.meta.features.items():
@@ -859,20 +778,17 @@ def choose_cameras(
             source, key, feature
         ):
             cameras.append(key)
-    choice = f"choose from the colour cameras: {name_some(cameras) or 'there is none'}"
-    for key in camera_keys or ():
-        if key not in cameras:
-            raise InputError(f"--camera-keys {key}: no such camera; {choice}")
-    if not camera_keys and view_count > len(cameras):
-        raise InputError(f"--num-image-views-per-sample {view_count}: {choice}")
-    return list(dict.fromkeys(camera_keys or cameras[:view_count]))
+    wanted = list(dict.fromkeys(keys or cameras[:count]))
+    if not set(wanted) <= set(cameras) or not (keys or len(wanted) == count):
+        raise InputError(
+            f"--camera-keys {name_some(keys or ())}, --num-image-views-per-sample "
+            f"{count}: choose from the colour cameras: {name_some(cameras) or None}"
+        )
+    return wanted
 
 
 def is_depth(source: Source, camera_key: str, feature: Mapping[str, Any]) -> bool:
     """Whether a camera has depth maps, by its marks or by more than 8 bits of grey."""
-    import pyarrow.parquet as pq
-    from PIL import Image
-
     details = dict(feature.get("video_info") or {})
     details.update(feature.get("info") or {})
     if details.get("is_depth_map") or details.get("video.is_depth_map"):
@@ -881,8 +797,7 @@ def is_depth(source: Source, camera_key: str, feature: Mapping[str, Any]) -> boo
         # gray10le, gray12le and gray16le are depth; yuv420p10le is a fine colour.
         return str(details.get("video.pix_fmt")).startswith("gray1")
     try:
-        file = pq.ParquetFile(source.data_files[0])
-        stored = next(file.iter_batches(1, columns=[camera_key]))[camera_key][0].as_py()
+        stored = read_image_column(source.data_files[0], camera_key)[0].as_py()
         return Image.open(io.BytesIO(stored["bytes"])).mode.startswith(("I", "F"))
     except Exception:
         # What cannot be opened is refused if it is shown.
@@ -911,33 +826,27 @@ class Skill:
 
 @dataclass(frozen=True)
 class EpisodeSkills:
-    """An episode's skills, sorted by start and never empty, and the texts beside them.
-
-    `description` is the episode's task, `coarse_description` the dataset's; both are ""
-    where the form has none.
-    """
+    """An episode's skills, sorted by start and never empty, with texts beside them."""
 
     skills: tuple[Skill, ...]
-    description: str = ""
-    coarse_description: str = ""
+    description: str = ""  # The episode's task.
+    coarse_description: str = ""  # The dataset's.
 
 
 # The skills of the wanted episodes that a form has any for, by episode index.
 Found = dict[int, EpisodeSkills]
+# What a form has: an episode's index, where it stands, its names and starts, and texts.
+Entries = Iterator[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class SkillSource:
-    """The skills of the wanted episodes, and the form that they were read from.
-
-    `task_count` episodes have their task as their only skill; `notes` are sentences
-    that say what a person should know about the skills.
-    """
+    """The skills of the wanted episodes, and the form that they were read from."""
 
     name: str
     episodes: Found
-    task_count: int = 0
-    notes: tuple[str, ...] = ()
+    task_count: int = 0  # Episodes that have their task as their only skill.
+    notes: tuple[str, ...] = ()  # What a person should know about the skills.
 
 
 def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
@@ -947,24 +856,30 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
     """
     forms: dict[str, Found] = {}
     states = []
-    damage = False
+    damaged = False
     for name, read in SKILL_READERS.items():
         # Dense and sparse annotations are of the same hand and differ by design.
         dense = forms.get(DENSE_SUBTASKS, {})
         if name == SPARSE_SUBTASKS and len(dense) == len(source.episodes):
             continue
         try:
-            forms[name] = read(source)
-            states.append(f"{name}: {len(forms[name])} episodes")
-        except InputError as error:
+            found: Found = {}
+            for index, place, entries, *texts in read(source):
+                if entries and index in source.episodes:
+                    found[index] = check_skills(place, entries, *texts)
+            forms[name] = found
+            states.append(f"{name}: {len(found)} episodes")
+        except Exception as error:
             # Another form may be whole; if none is, this is part of the answer.
-            states.append(str(error))
-            damage = True
+            states.append(
+                f"{name}: {error!r}" if not error.args else f"{name}: {error}"
+            )
+            damaged = True
     # The fullest form, and the first of those that have as many episodes.
     name = max(forms, key=lambda form: len(forms[form]), default="")
     found = forms.get(name, {})
     lacking = [index for index in source.episodes if index not in found]
-    if lacking and (damage or not task_as_skill):
+    if lacking and (damaged or not task_as_skill):
         # What is there but cannot be read is not replaced by the task.
         raise InputError(
             f"{source.root}: no skills for {len(lacking)} of {len(source.episodes)} "
@@ -980,8 +895,8 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
         if other != name and not lacking and len(theirs) == len(found):
             compare_forms(source, name, kept, other, theirs)
     for index in lacking:
-        first_task = int(source.episodes[index].frames["task_index"].iloc[0])
-        task = source.tasks.get(first_task)
+        first = source.episodes[index].frames.iloc[0]
+        task = source.tasks.get(int(first["task_index"]))
         if not task:
             raise InputError(f"{source.root}: episode {index} has no task; add it")
         kept[index] = EpisodeSkills((Skill(task, 0.0),))
@@ -990,6 +905,30 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
     form = name if found else "tasks (--task-as-skill)"
     episodes = {index: kept[index] for index in source.episodes}
     return SkillSource(form, episodes, len(lacking), tuple(notes))
+
+
+def check_skills(
+    place: str,
+    entries: Sequence[tuple[Any, Any]],
+    description: str = "",
+    coarse: str = "",
+) -> EpisodeSkills:
+    """Check and sort an episode's skills, names and starts as they stand in a form.
+
+    A name twice in a row is one skill. `place` says where they stand, for errors.
+    """
+    skills = []
+    for name, start in entries:
+        problem = f"{place}: the skill {name!r:.50} at {start!r:.9}"
+        if not isinstance(name, str) or not one_line(name):
+            raise InputError(f"{problem} has no name; give it one")
+        # The comparison holds for no NaN, and needs no float for a huge integer.
+        if not isinstance(start, (int, float)) or not abs(start) < 1e9:
+            raise InputError(f"{problem} has no start in seconds; correct it")
+        skills.append(Skill(one_line(name), float(start)))
+    skills.sort(key=lambda skill: skill.start)
+    merged = [next(same) for _, same in groupby(skills, key=lambda skill: skill.name)]
+    return EpisodeSkills(tuple(merged), one_line(description), one_line(coarse))
 
 
 def compare_forms(
@@ -1023,88 +962,53 @@ def leave_out_late_skills(
     """
     kept: Found = {}
     late = []
-    is_single = True
+    only_last = True
     for index, episode in found.items():
-        end = source.seconds(index) - TIME_TOLERANCE / source.fps
+        length = source.seconds(index)
+        end = length - TIME_TOLERANCE / source.fps
         in_time = tuple(skill for skill in episode.skills if skill.start < end)
         kept[index] = replace(episode, skills=in_time)
-        if len(in_time) < len(episode.skills):
-            skill = episode.skills[len(in_time)]
+        for skill in episode.skills[len(in_time) :][:1]:
             late.append(
-                f"episode {index} lasts {source.seconds(index):g} s, and "
-                f"{skill.name!r:.60} starts at {skill.start:g} s"
+                f"episode {index} lasts {length:g} s, and {skill.name!r:.60} starts at "
+                f"{skill.start:g} s"
             )
-            is_single &= 0 < len(in_time) == len(episode.skills) - 1
+            only_last &= 0 < len(in_time) == len(episode.skills) - 1
     allowed = len(found) // 5 if len(found) >= 10 else len(found) - 1
-    if late and (len(late) > allowed or not is_single):
+    if late and (len(late) > allowed or not only_last):
         raise InputError(
             f"{source.root}: {form}: skills start after the end in {len(late)} of "
             f"{len(found)} episodes: {late[0]}; correct the times, which are seconds "
             "from the episode's first frame"
         )
     if late:
-        notes.append(
-            f"{len(late)} skills start after the end and are left out: {late[0]}"
-        )
+        count = f"{len(late)} skills start after the end and are left out"
+        notes.append(f"{count}: {late[0]}")
     return kept
 
 
-def check_skills(
-    place: str,
-    entries: Iterable[tuple[Any, Any]],
-    description: Any = "",
-    coarse: Any = "",
-) -> EpisodeSkills:
-    """Check and sort an episode's skills, names and starts as they stand in a form.
-
-    A name twice in a row is one skill. `place` says where they stand, for errors.
-    """
-    skills = []
-    for name, start in entries:
-        problem = f"{place}: the skill {name!r:.50} at {start!r:.9}"
-        if not isinstance(name, str) or not one_line(name):
-            raise InputError(f"{problem} has no name; give it one")
-        # The comparison holds for no NaN, and needs no float for a huge integer.
-        if not isinstance(start, (int, float)) or not abs(start) < 1e9:
-            raise InputError(f"{problem} has no start in seconds; correct it")
-        skills.append(Skill(one_line(name), float(start)))
-    skills.sort(key=lambda skill: skill.start)
-    merged: list[Skill] = []
-    for skill in skills:
-        if not merged or merged[-1].name != skill.name:
-            merged.append(skill)
-    return EpisodeSkills(tuple(merged), one_line(description), one_line(coarse))
-
-
-def read_skills_file(source: Source) -> Found:
+def read_skills_file(source: Source) -> Entries:
     """Read meta/skills.json, as annotate.py writes it."""
     path = source.root / SKILLS_FILE
     if not path.is_file():
-        return {}
+        return
     content = read_json(path)
-    found: Found = {}
-    place = f"{path}"
-    try:
-        episodes = dict(content["episodes"])
-        descriptions = [str((x or {}).get("description")) for x in episodes.values()]
-        # annotate.py writes the dataset's first task into every episode, so that equal
-        # descriptions in a dataset of several tasks say nothing about an episode.
-        is_equal = len(descriptions) > 1 and len(set(descriptions)) == 1
-        several_tasks = len(set(source.tasks.values())) > 1
-        for index in source.episodes:
-            place = f'{path}: episode "{index}"'
-            episode = episodes.get(str(index)) or {}
-            entries = [(x["name"], x["start"]) for x in episode.get("skills") or ()]
-            description = episode.get("description") or ""
-            coarse = content.get("coarse_description") or ""
-            if is_equal and several_tasks:
-                coarse = description or coarse
-                description = ""
-            if entries:
-                found[index] = check_skills(place, entries, description, coarse)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{place}: has not the right form ({error!r})") from error
-    return found
+    episodes = dict(content["episodes"])
+    descriptions = [str((x or {}).get("description")) for x in episodes.values()]
+    # annotate.py writes the dataset's first task into every episode, so that equal
+    # descriptions in a dataset of several tasks say nothing about an episode.
+    is_equal = len(descriptions) > 1 and len(set(descriptions)) == 1
+    is_equal &= len(set(source.tasks.values())) > 1
+    for index in source.episodes:
+        place = f'{path}: episode "{index}"'
+        with errors_as(InputError, place, "bring it into the form of the README"):
+            episode = dict(episodes.get(str(index)) or {})
+            skills = episode.get("skills") or ()
+            entries = [(skill["name"], skill["start"]) for skill in skills]
+            own = one_line(episode.get("description") or "")
+        coarse = content.get("coarse_description") or ""
+        texts = ("", own or coarse) if is_equal else (own, coarse)
+        yield index, place, entries, *texts
 
 
 def find_other_version(source: Source) -> list[str]:
@@ -1112,12 +1016,12 @@ def find_other_version(source: Source) -> list[str]:
 
     LeRobot's tools that delete episodes number the others anew.
     """
-    episodes = read_json(source.root / SKILLS_FILE)["episodes"]
+    episodes = dict(read_json(source.root / SKILLS_FILE)["episodes"])
     note = f"{SKILLS_FILE} may belong to another version of the dataset, from before "
     note += "episodes were deleted and numbered anew: "
     for index in episodes:
-        if index.isdecimal() and int(index) not in source.table.index:
-            return [f"{note}the dataset has no episode {index}"]
+        if index.isdecimal() and int(index[:9]) not in source.table.index:
+            return [f"{note}the dataset has no episode {index:.20}"]
     off = []
     for index in source.episodes:
         skills = (episodes.get(str(index)) or {}).get("skills") or ()
@@ -1129,19 +1033,16 @@ def find_other_version(source: Source) -> list[str]:
     return [f"{note}in {sum(off)} of {len(off)} episodes the last skill ends elsewhere"]
 
 
-def episodes_by_file(
-    source: Source, column: str
-) -> list[tuple[Path, list[EpisodeFrames]]]:
+def episodes_by_file(source: Source, column: str) -> dict[Path, list[EpisodeFrames]]:
     """The wanted episodes of each data file that has a column.
 
     meta/info.json goes on declaring columns that LeRobot's tools have dropped.
     """
-    import pyarrow.parquet as pq
-
-    by_file: dict[Path, list[EpisodeFrames]] = defaultdict(list)
-    for episode in source.episodes.values():
-        by_file[episode.path].append(episode)
-    return [pair for pair in by_file.items() if column in pq.read_schema(pair[0]).names]
+    by_file = {}
+    for path, episodes in groupby(source.episodes.values(), key=lambda x: x.path):
+        if column in pq.read_schema(path).names:
+            by_file[path] = list(episodes)
+    return by_file
 
 
 def seconds_between(first_timestamp: float, timestamp: float) -> float:
@@ -1152,50 +1053,38 @@ def seconds_between(first_timestamp: float, timestamp: float) -> float:
     return round(float(timestamp) - float(first_timestamp), 6)
 
 
-def read_language_rows(source: Source) -> Found:
+def read_language_rows(source: Source) -> Entries:
     """Read the rows of style "subtask" that stand in `language_persistent`.
 
     LeRobot repeats the whole list on every frame of the episode, so the first frame's
     is read. A row's timestamp is on the frames' own clock. Other styles are no skills.
     """
-    import pyarrow.parquet as pq
-
-    found: Found = {}
-    for path, episodes in episodes_by_file(source, LANGUAGE_COLUMN):
-        cells: list[Any] = []
-        with errors_as(InputError, f"{path}: cannot be read", "restore the file"):
-            first_row = 0
-            # A few rows at a time: the column takes gigabytes when it is decoded whole.
-            for batch in pq.ParquetFile(path).iter_batches(
-                256, columns=[LANGUAGE_COLUMN]
-            ):
-                for episode in episodes[len(cells) :]:
-                    if episode.first_row >= first_row + len(batch):
-                        break
-                    cells.append(batch[0][episode.first_row - first_row].as_py() or ())
-                first_row += len(batch)
-        for episode, cell in zip(episodes, cells, strict=True):
-            place = f"{path}: {LANGUAGE_COLUMN} of episode {episode.episode_index}"
-            first_timestamp = episode.frames["timestamp"].iloc[0]
-            entries = []
-            for row in cell:
-                if row and row.get("style") == "subtask":
-                    if row.get("timestamp") is None:
-                        raise InputError(f"{place}: a subtask lacks its timestamp")
-                    start = seconds_between(first_timestamp, row["timestamp"])
-                    entries.append((row.get("content"), start))
-            if entries:
-                found[episode.episode_index] = check_skills(place, entries)
-    return found
+    for path, episodes in episodes_by_file(source, LANGUAGE_COLUMN).items():
+        firsts = {episode.first_row: episode for episode in episodes}
+        row = 0
+        # A few rows at a time: the column takes gigabytes when it is decoded whole.
+        for batch in pq.ParquetFile(path).iter_batches(256, columns=[LANGUAGE_COLUMN]):
+            for position in range(len(batch)):
+                if row + position not in firsts:
+                    continue
+                episode = firsts[row + position]
+                place = f"{path}: {LANGUAGE_COLUMN} of episode {episode.episode_index}"
+                first_timestamp = episode.frames["timestamp"].iloc[0]
+                entries = []
+                for entry in batch[0][position].as_py() or ():
+                    if entry and entry.get("style") == "subtask":
+                        if entry.get("timestamp") is None:
+                            raise InputError(f"{place}: a subtask lacks its timestamp")
+                        start = seconds_between(first_timestamp, entry["timestamp"])
+                        entries.append((entry.get("content"), start))
+                yield episode.episode_index, place, entries
+            row += len(batch)
 
 
-def read_subtask_index(source: Source) -> Found:
+def read_subtask_index(source: Source) -> Entries:
     """Read the runs of equal values in `subtask_index`; a negative one is no skill."""
-    import numpy as np
-
     names: dict[int, str] = {}
-    found: Found = {}
-    for path, episodes in episodes_by_file(source, "subtask_index"):
+    for path, episodes in episodes_by_file(source, "subtask_index").items():
         labels = read_columns(path, ["subtask_index"])["subtask_index"].fillna(-1)
         if not names and (labels >= 0).any():
             names = read_subtask_names(source.root)
@@ -1212,9 +1101,7 @@ def read_subtask_index(source: Source) -> Found:
                 if label >= 0:
                     start = seconds_between(timestamps[0], timestamps[row])
                     entries.append((names[label], start))
-            if entries:
-                found[episode.episode_index] = check_skills(place, entries)
-    return found
+            yield episode.episode_index, place, entries
 
 
 def read_subtask_names(root: Path) -> dict[int, str]:
@@ -1229,21 +1116,16 @@ def read_subtask_names(root: Path) -> dict[int, str]:
     )
 
 
-def read_sarm_columns(source: Source, kind: str) -> Found:
+def read_sarm_columns(source: Source, kind: str) -> Entries:
     """Read the skills that LeRobot's SARM annotator has put into meta/episodes.
 
     `kind` is "dense" or "sparse".
     """
-    import pyarrow.parquet as pq
-
     columns = ["episode_index", f"{kind}_subtask_names", f"{kind}_subtask_start_times"]
-    found: Found = {}
     for path in sorted(source.root.glob("meta/episodes/*/*.parquet")):
         if not set(columns) <= set(pq.read_schema(path).names):
             continue
-        with errors_as(InputError, f"{path}: cannot be read", "restore the file"):
-            table = pq.read_table(path, columns=columns)
-        for row in table.to_pylist():
+        for row in pq.read_table(path, columns=columns).to_pylist():
             index, names, starts = (row[name] for name in columns)
             # A single "task" is what the annotator fills in where nobody has annotated.
             if not names or names == ["task"]:
@@ -1256,51 +1138,38 @@ def read_sarm_columns(source: Source, kind: str) -> Found:
                     "annotator does so where meta/episodes has several files; bring "
                     "them into one file and annotate again"
                 )
-            if index in source.episodes:
-                place = f"{path}: {columns[1]} of episode {index}"
-                found[int(index)] = check_skills(place, zip(names, starts, strict=True))
-    return found
+            place = f"{path}: {columns[1]} of episode {index}"
+            yield int(index), place, list(zip(names, starts, strict=True))
 
 
 # The forms of skills. The first that has all wanted episodes is read.
-SKILL_READERS: dict[str, Callable[[Source], Found]] = {
+SKILL_READERS: dict[str, Callable[[Source], Entries]] = {
     SKILLS_FILE: read_skills_file,
     "language_persistent (subtask rows)": read_language_rows,
     "subtask_index with meta/subtasks.parquet": read_subtask_index,
     DENSE_SUBTASKS: partial(read_sarm_columns, kind="dense"),
     SPARSE_SUBTASKS: partial(read_sarm_columns, kind="sparse"),
 }
+
+
 # -------------------------------------------------------------------------------- plan
 # Which frames are sampled, and what is asked about each: the whole job, in advance.
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A frame to generate a dialogue for, and all that is asked about it.
-
-    Attributes:
-        episode_id: the episode's index.
-        frame_index: within the episode, as in LeRobot.
-        timestamp: in seconds, as stored.
-        skill_current: the skill that the robot performs.
-        skill_history: the skills before it, the earliest first.
-        task_description: what the episode is about.
-        scenario_type: a key of SCENARIO_TYPES.
-        response_type: a key of RESPONSE_TYPES.
-        index: of the frame among those of the data files that are there.
-        episode_skills: the episode's different skills.
-    """
+    """A frame to generate a dialogue for, and all that is asked about it."""
 
     episode_id: int
-    frame_index: int
-    timestamp: float
+    frame_index: int  # Within the episode, as in LeRobot.
+    timestamp: float  # In seconds, as stored.
     skill_current: str
-    skill_history: tuple[str, ...]
+    skill_history: tuple[str, ...]  # The skills before it, the earliest first.
     task_description: str
     scenario_type: str = ""
     response_type: str = ""
-    index: int = 0
-    episode_skills: tuple[str, ...] = ()
+    index: int = 0  # Among the frames of all data files that are there.
+    episode_skills: tuple[str, ...] = ()  # The episode's different skills.
 
     @property
     def prompt(self) -> str:
@@ -1344,8 +1213,6 @@ class EpisodePlan:
 
     def sample_spans(self) -> np.ndarray:
         """How many frames carry the dialogue of each sample, int64 (samples,)."""
-        import numpy as np
-
         starts = [sample.index - self.first_index for sample in self.samples]
         return np.diff([*starts, len(self.skill_numbers)])
 
@@ -1433,10 +1300,12 @@ def make_plan(
     skill_source = load_skills(source, task_as_skill)
     dealer = TypeDealer(seed)
     episodes = []
-    for index, episode in source.episodes.items():
+    for index in source.episodes:
         known = skill_source.episodes[index]
-        interval = (sample_interval, align_skills)
-        episodes.append(plan_episode(source, episode, known, dealer, *interval))
+        samples = plan_episode(
+            source, index, known, dealer, sample_interval, align_skills
+        )
+        episodes.append(samples)
     notes = [*skill_source.notes, *find_video_overlaps(source, cameras)]
     plan = Plan(episodes, cameras, source, skill_source, tuple(notes))
     check_images(plan)
@@ -1445,7 +1314,7 @@ def make_plan(
 
 def plan_episode(
     source: Source,
-    episode: EpisodeFrames,
+    episode_index: int,
     known: EpisodeSkills,
     dealer: TypeDealer,
     sample_interval: float,
@@ -1457,52 +1326,45 @@ def plan_episode(
     first frame at or after each multiple of the interval from the episode's first one;
     with `align_skills`, from the first frame of each skill.
     """
-    import numpy as np
-
-    frame_index, timestamps, task_index = (
-        episode.frames[name].to_numpy() for name in FRAME_COLUMNS[1:]
-    )
+    episode = source.episodes[episode_index]
+    columns = {name: episode.frames[name].to_numpy() for name in FRAME_COLUMNS}
+    timestamps = columns["timestamp"]
     seconds = timestamps.astype("float64") - float(timestamps[0])
     if not (np.diff(seconds, append=math.inf) >= 0).all():
         raise InputError(
-            f"{episode.path}: the timestamps of episode {episode.episode_index} run "
-            "backwards or are not finite; correct them"
+            f"{episode.path}: the timestamps of episode {episode_index} run backwards "
+            "or are not finite; correct them"
         )
     on_time = seconds + TIME_TOLERANCE / source.fps
     starts = np.array([skill.start for skill in known.skills])
     numbers = np.searchsorted(starts, on_time, "right").astype("int32") - 1
     numbers = numbers.clip(0)
-    firsts = [0]
-    if align_skills:
-        firsts = np.unique(numbers, return_index=True)[1].tolist()
+    firsts = np.unique(numbers, return_index=True)[1] if align_skills else [0]
     # Half a frame samples every frame already, and less would overflow the division.
     step = max(sample_interval, 0.5 / source.fps)
     names = tuple(skill.name for skill in known.skills)
     samples: list[Sample] = []
-    for first, end in zip(firsts, [*firsts[1:], len(seconds)], strict=True):
+    for first, end in pairwise([*firsts, len(seconds)]):
         multiples = (on_time[first:end] - seconds[first]) // step
         for position in first + np.unique(multiples, return_index=True)[1]:
             number = int(numbers[position])
-            frame_task = source.tasks.get(int(task_index[position]), "")
+            task = source.tasks.get(int(columns["task_index"][position]), "")
             scenario, response = dealer.deal(names[number], is_first=not samples)
             sample = Sample(
-                episode_id=episode.episode_index,
-                frame_index=int(frame_index[position]),
+                episode_id=episode_index,
+                frame_index=int(columns["frame_index"][position]),
                 # 0.1, not the float64 that is nearest to its float32.
                 timestamp=float(str(timestamps[position])),
                 skill_current=names[number],
                 skill_history=names[:number],
-                task_description=known.description
-                or frame_task
-                or known.coarse_description,
+                task_description=known.description or task or known.coarse_description,
                 scenario_type=scenario,
                 response_type=response,
                 index=episode.first_index + int(position),
                 episode_skills=tuple(dict.fromkeys(names)),
             )
             samples.append(sample)
-    index = episode.episode_index
-    return EpisodePlan(index, episode.first_index, names, numbers, samples)
+    return EpisodePlan(episode_index, episode.first_index, names, numbers, samples)
 
 
 def count_late_frames(plan: Plan, carried: Mapping[int, str] | None = None) -> int:
@@ -1511,30 +1373,20 @@ def count_late_frames(plan: Plan, carried: Mapping[int, str] | None = None) -> i
     `carried` says for the index of each sample which skill its frames' dialogue is of;
     None if each sample has its own dialogue.
     """
-    import numpy as np
-
-    count = 0
+    late = 0
     for episode in plan.episodes:
         shown = np.array(episode.skill_names, dtype=object)[episode.skill_numbers]
         aims = {sample.index: sample.skill_current for sample in episode.samples}
         skills = [(carried or aims)[index] for index in aims]
         heard = np.array(skills, dtype=object).repeat(episode.sample_spans())
-        count += int((shown != heard).sum())
-    return count
+        late += int((shown != heard).sum())
+    return late
 
 
-def spread_samples(samples: Sequence[Sample], limit: int) -> list[Sample]:
-    """Choose samples to look at: those whose types, skill and episode are rarest."""
-    names = ("scenario_type", "response_type", "skill_current", "episode_id")
-    candidates = random.Random(0).sample(list(samples), min(len(samples), 10 * limit))
-    used: Counter[Any] = Counter()
-    chosen = []
-    while candidates and len(chosen) < limit:
-        best = min(candidates, key=lambda x: sum(used[n, getattr(x, n)] for n in names))
-        candidates.remove(best)
-        chosen.append(best)
-        used.update((name, getattr(best, name)) for name in names)
-    return sorted(chosen, key=lambda sample: sample.index)
+def draw_samples(samples: Sequence[Sample], limit: int) -> list[Sample]:
+    """Draw samples to look at, the same ones each time, in dataset order."""
+    drawn = random.Random(0).sample(list(samples), min(len(samples), limit))
+    return sorted(drawn, key=lambda sample: sample.index)
 
 
 # ------------------------------------------------------------------------------ images
@@ -1553,8 +1405,6 @@ class VideoReader:
     """
 
     def __init__(self, path: Path, fps: float):
-        import av
-
         self.path = path
         self.container = av.open(str(path))
         self.stream: Any = self.container.streams.video[0]
@@ -1598,27 +1448,9 @@ class VideoReader:
         self.reach = max(self.reach, seconds - self.frame.time)
 
 
-def read_row_group(path: Path, group: int, camera_key: str) -> Any:
-    """A column of images of a parquet file, a row group of it."""
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(path).read_row_group(group, [camera_key])[camera_key]
-
-
-def read_stored_image(
-    path: Path, row: int, camera_key: str, read_group: Callable[..., Any]
-) -> Image.Image:
-    """The RGB image in a row of a parquet file; read_group reads a row group."""
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    file = pq.read_metadata(path)
-    group = 0
-    while row >= file.row_group(group).num_rows:
-        row -= file.row_group(group).num_rows
-        group += 1
-    stored = read_group(path, group, camera_key)[row].as_py()
-    return Image.open(io.BytesIO(stored["bytes"])).convert("RGB")
+def read_image_column(path: Path, camera_key: str) -> Any:
+    """The images of a camera in a parquet file, as they are stored."""
+    return pq.read_table(path, columns=[camera_key])[camera_key]
 
 
 def find_places(plan: Plan, samples: Sequence[Sample], camera_key: str) -> list[Place]:
@@ -1677,17 +1509,18 @@ def read_images(
     """Read the RGB image of a camera at each place; None where it cannot be decoded."""
     is_video = camera_key in plan.source.meta.video_keys
     reader: VideoReader | None = None
-    # Places come in order, so that the last row group is mostly the next one, too.
-    read_group = lru_cache(maxsize=1)(read_row_group)
+    # Places come in order, so that the last file is mostly the next one, too.
+    read_column = lru_cache(maxsize=1)(read_image_column)
     for path, position in places:
         # Every decoder has errors of its own, and one bad image must not end a run.
         try:
-            if not is_video:
-                yield read_stored_image(path, int(position), camera_key, read_group)
-                continue
-            if reader is None or reader.path != path:
-                reader = VideoReader(path, plan.source.fps)
-            yield reader.image_at(position)
+            if is_video:
+                if reader is None or reader.path != path:
+                    reader = VideoReader(path, plan.source.fps)
+                yield reader.image_at(position)
+            else:
+                stored = read_column(path, camera_key)[int(position)].as_py()
+                yield Image.open(io.BytesIO(stored["bytes"])).convert("RGB")
         except Exception:
             reader = None
             yield None
@@ -1716,26 +1549,6 @@ def check_images(plan: Plan) -> None:
                     f"{path}: the last image needed of {camera_key} cannot be decoded; "
                     "restore the file"
                 )
-
-
-def read_ahead(items: Iterable[Any], size: int) -> Generator[Any, None, None]:
-    """Yield the same items, while one thread makes up to `size` of them in advance.
-
-    One thread, because several in one video decoder crash the interpreter.
-    """
-    iterator = iter(items)
-    end = object()
-    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
-    try:
-        ready = deque(reader.submit(next, iterator, end) for _ in range(size))
-        while True:
-            item = ready.popleft().result()
-            if item is end:
-                return
-            ready.append(reader.submit(next, iterator, end))
-            yield item
-    finally:
-        reader.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------- answers
@@ -1797,21 +1610,20 @@ def only_asks(text: str) -> bool:
     return all(sentence.rstrip().endswith(QUESTION_MARKS) for sentence in sentences)
 
 
-def check_dialogue(
-    dialogue: Dialogue,
-    skill: str,
-    episode_skills: Sequence[str],
-    task: str = "",
-    history: Sequence[str] = (),
-) -> str:
-    """Say what a model got wrong in a dialogue that has the right form; "" if nothing.
+def check_dialogue(dialogue: Dialogue | None, sample: Sample) -> str:
+    """Say what a model got wrong in a dialogue about a sample; "" if nothing.
 
     It goes by words alone, in any language that puts spaces between them.
     """
+    if not dialogue:
+        return "the answer was no dialogue"
     user_prompt = dialogue["user_prompt"]
     reply = dialogue["robot_utterance"]
     both = f"{user_prompt} {reply}"
-    told = plain_words(" ".join([skill, *episode_skills, task, *history]))
+    skill = sample.skill_current
+    task = sample.task_description
+    known = [skill, task, *sample.episode_skills, *sample.skill_history]
+    told = plain_words(" ".join(known))
     for phrase in map(plain_words, NARRATION):
         if f" {phrase} " in f" {plain_words(both)} " and phrase not in told:
             return "it tells of the person or the robot"
@@ -1821,9 +1633,9 @@ def check_dialogue(
         return "it repeats the prompt"
     if (stems(both) & example_stems()) - stems(told):
         return "it speaks of an example's scene"
-    if points_elsewhere(user_prompt, skill, episode_skills):
+    if points_elsewhere(user_prompt, sample):
         return "the user prompt asks for another skill"
-    if points_elsewhere(reply, skill, episode_skills):
+    if points_elsewhere(reply, sample):
         return "the reply promises another skill"
     asked = stems(user_prompt)
     own = stems(skill) - stems(task)
@@ -1858,22 +1670,21 @@ def robot_words() -> set[str]:
     """Words that half of the examples' replies have and no user prompt, as in I'll."""
     examples = [example for pool in EXAMPLES.values() for example in pool]
     replies = [reply for example in examples for reply in example.replies.values()]
-    counts = Counter(
-        word for text in replies for word in set(plain_words(text).split())
-    )
-    asked = plain_words(" ".join(example.user_prompt for example in examples)).split()
+    asked = plain_words(" ".join(example.user_prompt for example in examples))
+    counts = Counter(word for x in replies for word in {*plain_words(x).split()})
     half = max(4, len(replies) / 2)
-    return {word for word, count in counts.items() if count >= half} - set(asked)
+    common = {word for word, count in counts.items() if count >= half}
+    return common - set(asked.split())
 
 
-def points_elsewhere(text: str, skill: str, episode_skills: Sequence[str]) -> bool:
-    """Whether a text has more of what sets another skill apart from this one.
+def points_elsewhere(text: str, sample: Sample) -> bool:
+    """Whether a text has more of what sets another skill apart from the sample's.
 
     A free paraphrase has neither skill's words, and passes.
     """
     said = stems(text)
-    own = stems(skill)
-    for name in episode_skills:
+    own = stems(sample.skill_current)
+    for name in sample.episode_skills:
         theirs = stems(name)
         for_them = len(said & (theirs - own)) / max(1, len(theirs - own))
         for_us = len(said & (own - theirs)) / max(1, len(own - theirs))
@@ -1922,6 +1733,7 @@ def common_stems() -> set[str]:
 MAX_NEW_TOKENS = 128  # Two sentences in JSON take 30 to 60.
 MAX_TRIES = 4
 MAX_PIXELS = 448 * 448  # Of an image: 256 tokens for Qwen2-VL, 196 for Qwen3-VL.
+MODEL_REMEDY = "check the name, the network, and that it is a Qwen VL model"
 
 
 def make_messages(
@@ -1959,7 +1771,6 @@ class QwenPgen:
     ):
         import torch
         import transformers
-        from PIL import Image
 
         transformers.utils.logging.disable_progress_bar()
         self.temperature = temperature
@@ -1971,26 +1782,20 @@ class QwenPgen:
             torch.empty(1, device="cpu" if device == "auto" else device).tolist()
         check_model(model)
         problem = f"--model {model}: transformers {transformers.__version__} cannot"
-        remedy = "check the name, the network, and that it is a Qwen VL model"
-        with errors_as(InputError, f"{problem} load it", remedy):
-            self.processor: Any = transformers.AutoProcessor.from_pretrained(
-                model, trust_remote_code=False
-            )
+        with errors_as(InputError, f"{problem} load it", MODEL_REMEDY):
+            self.processor: Any = transformers.AutoProcessor.from_pretrained(model)
             loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
                 model,
                 dtype=getattr(torch, dtype),
                 device_map=device,
                 attn_implementation="sdpa",
                 use_safetensors=True,
-                trust_remote_code=False,
                 output_loading_info=True,
             )
         self.model, loading = loaded
-        if loading["missing_keys"]:
-            missing = name_some(sorted(loading["missing_keys"]), limit=3)
-            raise InputError(
-                f"--model {model}: lacks the weights {missing}; restore it"
-            )
+        missing = name_some(sorted(loading["missing_keys"]), limit=3)
+        if missing:
+            raise InputError(f"--model {model}: lacks the weights {missing}; mend it")
         self.tokenizer: Any = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         ends = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -1999,11 +1804,6 @@ class QwenPgen:
         self.model.generation_config = transformers.GenerationConfig(
             eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id
         )
-        # Markers in a dataset's texts must not end a turn or call for an image.
-        tokens = [
-            token for token in self.tokenizer.get_added_vocab() if token[0] == "<"
-        ]
-        self.markers = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         # A checkpoint of another version of transformers may load and not run.
         trial = Image.new("RGB", (64, 64))
         remedy = "try another version of transformers, another --dtype or --device"
@@ -2036,7 +1836,7 @@ class QwenPgen:
 
     def prepare(
         self, images: Sequence[Image.Image], prompt: str, examples: Turns = ()
-    ) -> dict[str, torch.Tensor]:
+    ) -> Prepared:
         """Turn a sample into what the model is given.
 
         Args:
@@ -2053,7 +1853,7 @@ class QwenPgen:
         content: list[dict[str, Any]] = []
         for image in images:
             content.append({"type": "image", "image": image, "max_pixels": MAX_PIXELS})
-        content.append({"type": "text", "text": self.without_markers(prompt)})
+        content.append({"type": "text", "text": without_markers(prompt)})
         chat = make_messages(SYSTEM, examples, content)
         # The model goes on from here, so that it writes no preamble and no code fence.
         opened = [{"type": "text", "text": PREFILL}]
@@ -2070,13 +1870,7 @@ class QwenPgen:
             )
         return dict(inputs)
 
-    def without_markers(self, text: str) -> str:
-        """Break up the model's special tokens in a text."""
-        return self.markers.sub(lambda found: "< " + found[0][1:], text)
-
-    def answer(
-        self, batch: Sequence[dict[str, torch.Tensor]], tries: int = 0
-    ) -> list[str]:
+    def answer(self, batch: Sequence[Prepared], tries: int = 0) -> list[str]:
         """Generate one answer to each prepared sample.
 
         Args:
@@ -2105,23 +1899,22 @@ class QwenPgen:
             try:
                 results += call(part)
                 continue
-            except torch.OutOfMemoryError:
-                self.batch_limit = max(1, len(part) // 2)
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1:
+                    remedy = "use fewer views or a smaller --model"
+                    raise RunError(f"out of GPU memory; {remedy}") from error
+                self.batch_limit = len(part) // 2
             except RuntimeError as error:
                 # As where the logits are not finite.
                 remedy = "try another --dtype or --device, or check its files"
                 raise RunError(f"the model fails: {error}; {remedy}") from error
             # Only outside of `except` is the memory of the failed call free.
             torch.cuda.empty_cache()
-            if len(part) == 1:
-                raise RunError(
-                    "out of GPU memory; use fewer views or a smaller --model"
-                )
         return results
 
     def generate(
         self,
-        batch: Sequence[dict[str, torch.Tensor]],
+        batch: Sequence[Prepared],
         tries: int,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
@@ -2144,9 +1937,7 @@ class QwenPgen:
         with self.lock:
             return self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 
-    def collate(
-        self, batch: Sequence[dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    def collate(self, batch: Sequence[Prepared]) -> Prepared:
         """Put prepared samples into one batch on the model's device.
 
         Values per token are padded on the left; those of images are concatenated.
@@ -2158,39 +1949,36 @@ class QwenPgen:
             parts = [prepared[name] for prepared in batch]
             # One value for each token, such as attention_mask.
             if first.shape == batch[0]["input_ids"].shape:
-                padding = self.tokenizer.pad_token_id if name == "input_ids" else 0
+                is_text = name == "input_ids"
                 padded = torch.nn.utils.rnn.pad_sequence(
                     [part[0] for part in parts],
                     batch_first=True,
-                    padding_value=padding,
+                    padding_value=self.tokenizer.pad_token_id if is_text else 0,
                     padding_side="left",
                 )
                 parts = [padded]
             inputs[name] = torch.cat(parts).to(self.model.device)
         return inputs
 
-    def choose(
-        self, questions: Sequence[str], option_counts: Sequence[int]
-    ) -> list[int]:
-        """Answer the questions of --verify, whose options are labelled A, B and so on.
+    def choose(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+        """Say which skill each user prompt asks for, for --verify.
 
         Args:
-            questions: from construct_verify_prompt.
-            option_counts: how many options each has.
+            questions: user prompts, each with the skills to choose from.
 
         Returns:
-            The likeliest option of each, counted from 0.
+            The likeliest skill of each.
 
         Raises:
             RunError: the model fails, or one question does not fit into GPU memory.
         """
         texts = []
-        for question in questions:
-            content = [{"type": "text", "text": self.without_markers(question)}]
-            chat = [{"role": "user", "content": content}]
+        for user_prompt, options in questions:
+            question = construct_verify_prompt(user_prompt, options)
+            content = [{"type": "text", "text": without_markers(question)}]
             with self.lock:
                 text = self.processor.apply_chat_template(
-                    chat,
+                    [{"role": "user", "content": content}],
                     tokenize=False,
                     add_generation_prompt=True,
                     # The first token is to be the answer, not that of a thought.
@@ -2198,10 +1986,10 @@ class QwenPgen:
                 )
             texts.append(text)
         labels = self.tokenizer.convert_tokens_to_ids(list(OPTION_LABELS))
-        chosen = []
         logits = self.call_in_parts(self.last_logits, texts)
-        for row, count in zip(logits, option_counts, strict=True):
-            chosen.append(int(row[labels[:count]].argmax()))
+        chosen = []
+        for row, (_, options) in zip(logits, questions, strict=True):
+            chosen.append(options[int(row[labels[: len(options)]].argmax())])
         return chosen
 
     def last_logits(self, texts: Sequence[str]) -> torch.Tensor:
@@ -2219,14 +2007,20 @@ class QwenPgen:
             ).logits[:, -1]
 
 
+def without_markers(text: str) -> str:
+    """Break up what may be a special token, such as <|im_end|>, </s> or <image>.
+
+    In a dataset's texts it must not end a turn or call for an image.
+    """
+    return re.sub(r"<(?=[^<>\s]+>)", "< ", text)
+
+
 def check_model(model: str) -> None:
     """See that a model is there and is one of Qwen's, before anything else is done."""
-    import transformers
+    from transformers import AutoConfig
 
-    remedy = "check the name, the network, and that it is a Qwen VL model"
-    with errors_as(InputError, f"--model {model}: is not to be found", remedy):
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-    kind = config.model_type
+    with errors_as(InputError, f"--model {model}: is not to be found", MODEL_REMEDY):
+        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     if not kind.startswith("qwen"):
         raise InputError(f"--model {model}: is a {kind}; name a Qwen VL model")
 
@@ -2245,8 +2039,6 @@ ANSWER_TIMEOUT = 120.0  # Seconds for an answer; more where the server is only b
 LONGEST_PAUSE = 15.0  # Seconds before a failed request is sent again.
 # What requests are without, where a server does not take all of it.
 LEFT_OUT = ("nothing", "the fields of vLLM", "the fields of vLLM and response_format")
-# The special tokens of the model are not known here: <|im_end|>, </s>, <image>.
-MARKER = re.compile(r"<(?=[^<>\s]+>)")
 
 DIALOGUE_KEYS = ["user_prompt", "robot_utterance"]
 DIALOGUE_SCHEMA = {
@@ -2263,8 +2055,7 @@ class Server:
 
     url: str
     client: openai.OpenAI
-    # Which of LEFT_OUT holds for its requests.
-    left_out: int = 0
+    left_out: int = 0  # Which of LEFT_OUT holds for its requests.
     under_way: int = 0
     rests_until: float = 0.0
     answered_at: float = 0.0
@@ -2306,7 +2097,9 @@ class ServerPgen:
         # What the threads of the requests share is changed under this lock.
         self.lock = threading.Lock()
         self.timeout = ANSWER_TIMEOUT
-        self.first_messages: list[Any] = []
+        # A request that was answered, and why the last one was refused.
+        self.answered: Any = None
+        self.refusal = ""
         self.servers = []
         for url in dict.fromkeys(urls):
             if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url):
@@ -2327,20 +2120,16 @@ class ServerPgen:
             # Some servers keep no list. The first request tells more.
             if getattr(error, "status_code", 0) in (404, 405) and model:
                 return model
-            raise self.first_error(server, error) from None
+            raise InputError(
+                f"--server {server.url}: {self.describe(error)}; start it, correct the "
+                f"URL, which most often ends in /v1, or set the key in {KEY_VARIABLE}"
+            ) from None
         if model in names or (len(names) == 1 and model is None):
             return model or names[0]
         raise InputError(
             f"--server {server.url}: serves {name_some(names) or 'no model'}, and "
             f"{model or 'none of them'} is asked for; name a served one with --model"
         )
-
-    def first_error(self, server: Server, error: Exception) -> InputError:
-        """The error for a server that does not answer before the run begins."""
-        remedy = "start it, or correct the URL, which most often ends in /v1"
-        if getattr(error, "status_code", 0) in (401, 403):
-            remedy = f"set the key in the environment variable {KEY_VARIABLE}"
-        return InputError(f"--server {server.url}: {self.describe(error)}; {remedy}")
 
     def describe(self, error: Exception) -> str:
         """An error on one line of at most 300 characters, without the key."""
@@ -2354,49 +2143,26 @@ class ServerPgen:
         A server has to answer one of them with a dialogue. `sample` has the longest
         prompt, to see whether there is room for it.
         """
-        import openai
-        from PIL import Image
-
-        no_answer = (openai.APIConnectionError, openai.AuthenticationError)
         drawn = [Image.new("RGB", (448, 448), (90, 130, 170))] * view_count
         for server in self.servers:
-            outcomes = []
-            answer = ""
+            self.answered = None
             for left_out, tries in product(range(len(LEFT_OUT)), range(3)):
                 server.left_out = left_out
                 messages = self.prepare(drawn, sample.prompt, sample.examples(tries))
-                self.first_messages = messages
-                try:
-                    answer = self.post_first(server, messages, tries)
-                    outcomes.append(f"it answers {answer[:200]!r}")
-                except (*no_answer, openai.PermissionDeniedError) as error:
-                    raise self.first_error(server, error) from None
-                except (openai.APIError, ValueError) as error:
-                    outcomes.append(self.describe(error))
+                answer = self.ask(messages, tries, servers=[server])
                 if parse_answer(answer):
+                    self.answered = messages
                     break
             else:
+                outcome = f"it answers {answer[:200]!r}" if answer else self.refusal
                 raise InputError(
                     f"--server {server.url}: no answer to a first request (images: "
-                    f"{view_count}) is a dialogue: {name_some(dict.fromkeys(outcomes))}"
-                    "; check that the URL ends in /v1, and that the model sees images, "
-                    "has room for the prompt and does not think before it answers"
+                    f"{view_count}) is a dialogue: {outcome}; check the key in "
+                    f"{KEY_VARIABLE}, that the URL ends in /v1, and that the model "
+                    "sees images, has room for the prompt and does not think first"
                 )
             if server.left_out:
                 say(f"{server.url}: requests are without {LEFT_OUT[server.left_out]}")
-
-    def post_first(self, server: Server, messages: Any, tries: int) -> str:
-        """Send a first request, again while the server only says that it is busy."""
-        import openai
-
-        for pause in range(1, 6):
-            try:
-                return self.post(server, messages, tries)
-            except openai.APIStatusError as error:
-                if error.status_code not in (429, 503):
-                    raise
-                time.sleep(max(min(pause, LONGEST_PAUSE), retry_after(error)))
-        return self.post(server, messages, tries)
 
     def prepare(
         self, images: Sequence[Image.Image], prompt: str, examples: Turns = ()
@@ -2414,26 +2180,31 @@ class ServerPgen:
                 image = image.resize((width, max(1, int(image.height * scale))))
             url = f"data:image/jpeg;base64,{encode_jpeg(image, quality=90)}"
             content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": MARKER.sub("< ", prompt)})
+        content.append({"type": "text", "text": without_markers(prompt)})
         return make_messages(SYSTEM, examples, content)
 
     def answer(self, batch: Sequence[Any], tries: int = 0) -> list[str]:
         """Ask once about each prepared sample; "" where a request is refused."""
         return [self.ask(messages, tries) for messages in batch]
 
-    def choose(
-        self, questions: Sequence[str], option_counts: Sequence[int]
-    ) -> list[int]:
-        """Answer the questions of --verify, as QwenPgen does; -1 is no option."""
-        choices = []
-        for question, count in zip(questions, option_counts, strict=True):
+    def choose(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+        """Say which skill each user prompt asks for; "" where no skill is named."""
+        chosen = []
+        for user_prompt, options in questions:
+            question = construct_verify_prompt(user_prompt, options)
             messages = self.prepare([], question)[1:]
             text = self.ask(messages, tries=0, max_tokens=1).strip()
-            option = OPTION_LABELS.find(text[:1] or "?")
-            choices.append(option if option < count else -1)
-        return choices
+            number = OPTION_LABELS.find(text[:1] or "?")
+            chosen.append(options[number] if 0 <= number < len(options) else "")
+        return chosen
 
-    def ask(self, messages: Any, tries: int, max_tokens: int = MAX_NEW_TOKENS) -> str:
+    def ask(
+        self,
+        messages: Any,
+        tries: int,
+        max_tokens: int = MAX_NEW_TOKENS,
+        servers: Sequence[Server] = (),
+    ) -> str:
         """Send a request until it is answered, to whichever server is free.
 
         "" is returned if just this request is refused, or fails again and again.
@@ -2441,64 +2212,67 @@ class ServerPgen:
         import openai
 
         began = time.monotonic()
-        failures = 0
-        while True:
-            server = self.take_server()
+        for failures in count(1):
+            server = self.take_server(servers or self.servers)
             sent = time.monotonic()
+            failure: Exception
             try:
                 text = self.post(server, messages, tries, max_tokens)
                 server.answered_at = time.monotonic()
                 return text
             except (openai.APIError, ValueError) as error:
-                failure: Exception = error
+                failure = error
             finally:
                 with self.lock:
                     server.under_way -= 1
-            now = time.monotonic()
-            failures += 1
             problem = f"{server.url}: {self.describe(failure)}"
-            remedy = "check the server and run the same command again"
             status = getattr(failure, "status_code", 0)
-            if status in (401, 403, 404, 405):
-                raise RunError(f"{problem}; {remedy}")
-            is_refused = status in (400, 413, 422)
             # A request that breaks a server which answers others is to blame itself.
-            if failures > 3 and status not in (429, 503):
-                is_refused = self.is_there(server)
-            if is_refused:
-                say(f"no answer to a sample: {problem}")
+            is_broken = status not in (429, 503) and (
+                self.answered is None or (failures > 3 and self.is_there(server))
+            )
+            if is_broken or status in (400, 413, 422):
+                self.refusal = problem
+                if self.answered:
+                    say(f"no answer to a sample: {problem}")
                 return ""
+            last_answer = max(began, *(x.answered_at for x in self.servers))
+            is_lost = time.monotonic() - last_answer > SERVER_PATIENCE
+            if is_lost or status in (401, 403, 404, 405):
+                raise RunError(f"{problem}; check the server; {RESUME_REMEDY}")
             is_timeout = isinstance(failure, openai.APITimeoutError)
             if is_timeout and server.answered_at > sent:
                 # It answers others, so it is only busy.
                 self.timeout = min(2 * self.timeout, SERVER_PATIENCE)
-            last_answer = max(began, *(x.answered_at for x in self.servers))
-            if now - last_answer > SERVER_PATIENCE:
-                raise RunError(f"{problem}; nothing else for ten minutes; {remedy}")
             if failures == 3:
                 say(f"waiting, ten minutes at most: {problem}")
-            pause = random.uniform(0.25, 0.5) * 2 ** min(failures, 10)
-            pause = max(min(pause, LONGEST_PAUSE), retry_after(failure))
-            server.rests_until = now + pause
-            # Another server may answer at once.
-            if all(other.rests_until > now for other in self.servers):
-                time.sleep(pause)
+            self.rest(server, failure, failures)
+        raise AssertionError
+
+    def rest(self, server: Server, failure: Exception, failures: int) -> None:
+        """Leave a server alone for a while; another one is asked at once."""
+        pause = random.uniform(0.25, 0.5) * 2 ** min(failures, 10)
+        pause = max(min(pause, LONGEST_PAUSE), retry_after(failure))
+        now = time.monotonic()
+        server.rests_until = now + pause
+        if all(other.rests_until > now for other in self.servers):
+            time.sleep(pause)
 
     def is_there(self, server: Server) -> bool:
-        """Whether a server still answers the first request."""
+        """Whether a server still answers the request that one has answered."""
         import openai
 
         try:
-            return bool(self.post(server, self.first_messages, tries=0))
+            return bool(self.post(server, self.answered, tries=0))
         except (openai.APIError, ValueError):
             return False
 
-    def take_server(self) -> Server:
+    def take_server(self, servers: Sequence[Server]) -> Server:
         """The server with the fewest requests under way that has not just failed."""
         with self.lock:
             now = time.monotonic()
-            ready = [server for server in self.servers if server.rests_until <= now]
-            server = min(ready or self.servers, key=lambda server: server.under_way)
+            ready = [server for server in servers if server.rests_until <= now]
+            server = min(ready or servers, key=lambda server: server.under_way)
             server.under_way += 1
         return server
 
@@ -2578,30 +2352,20 @@ NO_IMAGE = "an image cannot be decoded"
 
 @dataclass
 class Request:
-    """A sample on its way to its dialogue.
-
-    Attributes:
-        sample: what is asked about.
-        views: RGB images; None if one could not be decoded.
-        prepared: what pgen.prepare made of them.
-        tries: how many answers were not good enough so far.
-        dialogue: the last answer, if it was a dialogue.
-        fault: what was wrong with it; "" if nothing.
-        fallback: a dialogue whose only fault is that --verify did not recover it.
-    """
+    """A sample on its way to its dialogue."""
 
     sample: Sample
-    views: Sequence[Image.Image] | None
-    prepared: Any = None
-    tries: int = 0
-    dialogue: Dialogue | None = None
-    fault: str = ""
-    fallback: Dialogue | None = None
+    views: Sequence[Image.Image] | None  # RGB; None if one could not be decoded.
+    prepared: Any = None  # What pgen.prepare made of them.
+    tries: int = 0  # How many answers were not good enough so far.
+    dialogue: Dialogue | None = None  # The last answer, if it was one.
+    fault: str = ""  # What was wrong with it.
+    fallback: Dialogue | None = None  # Its only fault is the verdict of --verify.
 
 
 @dataclass
 class Progress:
-    """What this process has done. `failed` has a reason for each place."""
+    """What a process has done. `failed` has a reason for each place."""
 
     generated: int = 0
     retried: int = 0
@@ -2609,7 +2373,7 @@ class Progress:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-    def describe(self) -> list[tuple[str, str]]:
+    def describe(self) -> Rows:
         """Names and values of the counts, in words."""
         speed = self.generated / self.seconds if self.seconds else 0.0
         return [
@@ -2619,9 +2383,7 @@ class Progress:
         ]
 
 
-def annotate_sample(
-    pgen: Pgen, images: Sequence[Image.Image], sample: Sample
-) -> dict[str, Any]:
+def annotate_sample(pgen: Pgen, images: Sequence[Image.Image], sample: Sample) -> Line:
     """Generate the dialogue of one sample.
 
     Args:
@@ -2642,7 +2404,7 @@ def annotate_sample(
     return annotation_line(sample, finished[sample.index])
 
 
-def annotation_line(sample: Sample, dialogue: Dialogue) -> dict[str, Any]:
+def annotation_line(sample: Sample, dialogue: Dialogue) -> Line:
     """A line of syn_annotations.jsonl, without the row of the table of tasks."""
     line = {name: getattr(sample, name) for name in LINE_FIELDS}
     line.update(dialogue)
@@ -2672,22 +2434,32 @@ class Annotator:
         # The skill that each user prompt of an episode stands for.
         self.skills_of_prompts: dict[tuple[int, str], str] = {}
 
-    def remember(self, sample: Sample, dialogue: Dialogue) -> bool:
-        """Note which skill of the episode a user prompt stands for, the first with it.
+    def remember(self, sample: Sample, dialogue: Dialogue | None) -> bool:
+        """Whether a dialogue's user prompt stands for the sample's skill alone.
 
-        Returns:
-            Whether it is the sample's skill.
+        It stands for the skill that has it first in the episode.
         """
+        if not dialogue:
+            return False
         key = (sample.episode_id, plain_words(dialogue["user_prompt"]))
         skill = self.skills_of_prompts.setdefault(key, sample.skill_current)
         return skill == sample.skill_current
 
-    def annotate(self, plan: Plan, samples: Sequence[Sample]) -> Iterator[Dialogues]:
-        """Generate dialogues of some of a plan's samples, yielded as they come."""
+    def annotate(
+        self, plan: Plan, samples: Sequence[Sample], known: Dialogues | None = None
+    ) -> Iterator[Dialogues]:
+        """Generate dialogues of some of a plan's samples, yielded as they come.
+
+        What the known dialogues of other samples say is not said for another skill.
+        """
+        for sample in plan.samples:
+            self.remember(sample, (known or {}).get(sample.index))
         inputs = zip(samples, read_views(plan, samples), strict=True)
-        requests = (self.prepare(Request(sample, views)) for sample, views in inputs)
+        fresh = (Request(sample, views) for sample, views in inputs)
         size = min(self.batch_size, len(samples))
-        with closing(read_ahead(requests, max(1, 2 * size))) as ready:
+        # One thread reads ahead: several in one video decoder crash the interpreter.
+        ahead = call_in_threads(self.prepare, fresh, thread_count=1, limit=2 * size)
+        with closing(ahead) as ready:
             if isinstance(self.pgen, QwenPgen):
                 yield from self.annotate_in_batches(ready)
             else:
@@ -2734,36 +2506,30 @@ class Annotator:
             texts = self.pgen.answer(inputs, tries=asked[0].tries)
         for request, text in zip(asked, texts, strict=True):
             request.dialogue = parse_answer(text)
-            request.fault = "the answer was no dialogue"
-            if request.dialogue:
-                request.fault = check_dialogue(
-                    request.dialogue,
-                    skill=request.sample.skill_current,
-                    episode_skills=request.sample.episode_skills,
-                    task=request.sample.task_description,
-                    history=request.sample.skill_history,
-                )
+            request.fault = check_dialogue(request.dialogue, request.sample)
         if self.verify:
-            several = [x for x in asked if len(x.sample.episode_skills) > 1]
-            self.verify_answers([request for request in several if not request.fault])
+            self.verify_answers([request for request in asked if not request.fault])
         finished: Dialogues = {}
         with self.lock:
             again = [request for request in batch if self.settle(request, finished)]
-            failures = self.progress.failed.items()
-            asked_in_vain = [pair for pair in failures if pair[1] != NO_IMAGE]
-            if not self.skills_of_prompts and len(asked_in_vain) >= HOPELESS:
-                place, reason = asked_in_vain[-1]
-                raise RunError(
-                    f"the first {HOPELESS} samples all failed, as {place}: {reason}; "
-                    "the model answered "
-                    f"{one_line(''.join(texts[-1:]))[:300]!r}; try another --model"
-                )
+            reasons = [x for x in self.progress.failed.values() if x != NO_IMAGE]
+        if not self.skills_of_prompts and len(reasons) >= HOPELESS:
+            raise RunError(
+                f"the first {HOPELESS} samples all failed: {reasons[-1]}; the model "
+                f"answered {''.join(texts[-1:])[:300]!r}; try another --model"
+            )
         return finished, again
 
     def verify_answers(self, requests: Sequence[Request]) -> None:
         """Ask the model which skill each user prompt leads to."""
-        pairs = [(x.sample, x.dialogue["user_prompt"]) for x in requests if x.dialogue]
-        for request, is_right in zip(requests, self.recovers(pairs), strict=True):
+        pairs = []
+        judged = []
+        for request in requests:
+            # The only skill of an episode needs no question.
+            if request.dialogue and len(request.sample.episode_skills) > 1:
+                judged.append(request)
+                pairs.append((request.sample, request.dialogue["user_prompt"]))
+        for request, is_right in zip(judged, self.recovers(pairs), strict=True):
             request.dialogue = dict(request.dialogue or {}, skill_recovered=is_right)
             if not is_right:
                 request.fault = "--verify takes it for another skill"
@@ -2775,19 +2541,14 @@ class Annotator:
         Small models prefer some letters: a sentence that is not recovered is asked
         about again, with the skills in reverse.
         """
-        right = [False] * len(pairs)
-        for order in (1, -1):
-            asked = [number for number, is_right in enumerate(right) if not is_right]
-            options = [self.list_options(pairs[number][0])[::order] for number in asked]
-            questions = []
-            for number, listed in zip(asked, options, strict=True):
-                questions.append(construct_verify_prompt(pairs[number][1], listed))
-            counts = [len(listed) for listed in options]
-            choices = self.pgen.choose(questions, counts) if asked else []
-            for number, listed, choice in zip(asked, options, choices, strict=True):
-                skill = listed[choice] if choice >= 0 else ""
-                right[number] = skill == pairs[number][0].skill_current
-        return right
+        questions = [(said, self.list_options(sample)) for sample, said in pairs]
+        chosen = self.pgen.choose(questions)
+        wanted = [sample.skill_current for sample, _ in pairs]
+        wrong = [i for i, skill in enumerate(chosen) if skill != wanted[i]]
+        again = [(questions[i][0], questions[i][1][::-1]) for i in wrong]
+        for i, skill in zip(wrong, self.pgen.choose(again), strict=True):
+            chosen[i] = skill
+        return [skill == name for skill, name in zip(chosen, wanted, strict=True)]
 
     def list_options(self, sample: Sample) -> list[str]:
         """The skills of a sample's episode, shuffled, as many as have labels."""
@@ -2812,20 +2573,19 @@ class Annotator:
     def settle(self, request: Request, finished: Dialogues) -> bool:
         """Take an answer into `finished`, or say whether it is asked again."""
         sample = request.sample
-        dialogue = None if request.fault else request.dialogue
-        request.tries += 1
         if request.views is None:
             self.progress.failed[sample.place] = NO_IMAGE
             return False
+        dialogue = None if request.fault else request.dialogue
         if dialogue and not self.remember(sample, dialogue):
             request.fault = "the same sentence stands for another skill of the episode"
             dialogue = None
+        request.tries += 1
         if not dialogue and request.tries < MAX_TRIES:
             self.progress.retried += 1
             return True
-        fallback = request.fallback
-        if not dialogue and fallback and self.remember(sample, fallback):
-            dialogue = fallback
+        if not dialogue and self.remember(sample, request.fallback):
+            dialogue = request.fallback
         if dialogue:
             finished[sample.index] = dialogue
             self.progress.generated += 1
@@ -2836,16 +2596,17 @@ class Annotator:
 
 
 def call_in_threads(
-    call: Callable[[Any], Any], items: Iterator[Any], thread_count: int
-) -> Iterator[Any]:
-    """Call a function with each item in many threads, and yield what comes.
+    call: Callable[[Any], Any], items: Iterator[Any], thread_count: int, limit: int = 0
+) -> Generator[Any, None, None]:
+    """Call a function with each item in threads, and yield what comes.
 
-    The threads do not hold up the end of the process, as those of ThreadPoolExecutor
-    do: an interrupted run would hang until the server has answered. The first error is
-    raised once all that has come was yielded.
+    At most `limit` results wait to be taken, if it is not 0. The threads do not hold up
+    the end of the process, as those of ThreadPoolExecutor do: an interrupted run would
+    hang until the server has answered. The first error is raised once all that has come
+    was yielded.
     """
     lock = threading.Lock()
-    done: queue.Queue[Any] = queue.Queue()
+    done: queue.Queue[Any] = queue.Queue(limit)
     end = object()
     is_over = threading.Event()
 
@@ -2875,9 +2636,11 @@ def call_in_threads(
             else:
                 yield result
     finally:
-        # A thread may be about to take another item.
+        # A thread may be about to take another item, or wait for room.
         with lock:
             is_over.set()
+        while not done.empty():
+            done.get()
     if errors:
         raise errors[0]
 
@@ -2891,37 +2654,37 @@ class Journal:
 
     What is added survives the end of the process at once, and that of the machine a
     second later or once the journal is closed.
+
+    Args:
+        path: of the file, which is made if it is not there.
+
+    Raises:
+        RunError: the disk fails, in any of its methods.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.synced_at = time.monotonic()
-        with self.writing():
+        self.failure = f"{path}: cannot be written"
+        with errors_as(RunError, self.failure, DISK_REMEDY):
             self.file = path.open("ab", buffering=0)
-
-    def writing(self) -> Any:
-        """Name the file when the disk fails."""
-        return errors_as(RunError, f"{self.path}: cannot be written", DISK_REMEDY)
 
     def add(self, dialogues: Dialogues) -> None:
         """Write dialogues, given by the index of their frame."""
-        if not dialogues:
-            return
         # Start on a new line: a crash may have torn the last one.
-        text = "\n"
-        for index, dialogue in dialogues.items():
-            text += json_line(dict(dialogue, index=index))
-        content = text.encode()
-        with self.writing():
-            written = self.file.write(content)
-        if written != len(content):
-            raise RunError(f"{self.path}: the disk is full; {DISK_REMEDY}")
+        lines = [
+            json_line(dict(dialogue, index=i)) for i, dialogue in dialogues.items()
+        ]
+        content = ("\n" + "".join(lines)).encode()
+        with errors_as(RunError, self.failure, DISK_REMEDY):
+            if self.file.write(content) != len(content):
+                raise OSError("the disk is full")
         if time.monotonic() - self.synced_at >= 1:
             self.sync()
 
     def sync(self) -> None:
         """Wait until all is on the disk."""
-        with self.writing():
+        with errors_as(RunError, self.failure, DISK_REMEDY):
             os.fsync(self.file.fileno())
         self.synced_at = time.monotonic()
 
@@ -2931,12 +2694,12 @@ class Journal:
         self.file.close()
 
 
-def journal_name(settings: dict[str, Any], rank: int | str) -> str:
+def journal_name(settings: Settings, rank: int | str) -> str:
     """The name of a rank's journal; journals of other settings have other names."""
     return f"dialogues-{fingerprint(settings)}-{rank}.jsonl"
 
 
-def read_journals(work_dir: Path, settings: dict[str, Any]) -> Dialogues:
+def read_journals(work_dir: Path, settings: Settings) -> Dialogues:
     """Read the dialogues that were generated with these settings.
 
     A line that a crash has torn is left out.
@@ -2957,22 +2720,20 @@ def read_journals(work_dir: Path, settings: dict[str, Any]) -> Dialogues:
 @contextmanager
 def lock_work_dir(work_dir: Path) -> Iterator[None]:
     """Hold the work folder, which is made if it is not there."""
-    from filelock import FileLock, Timeout
-
-    is_own = bool(read_settings(work_dir / "run.json"))
     names = {path.name for path in work_dir.glob("*")} - {"lock", ".run.json"}
-    if names and not is_own:
+    if names and not read_settings(work_dir / "run.json"):
         raise InputError(f"{work_dir}: holds somebody else's files; move it away")
     lock = FileLock(work_dir / "lock", timeout=0)
-    with errors_as(InputError, f"{work_dir}: cannot be made", "name another folder"):
-        work_dir.mkdir(parents=True, exist_ok=True)
     try:
+        work_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
+        remedy = "wait for it, or name another --output-dir"
         raise InputError(
-            f"{work_dir}: another run is at work there; wait for it, or name another "
-            "--output-dir"
+            f"{work_dir}: another run is at work there; {remedy}"
         ) from None
+    except OSError as error:
+        raise InputError(f"--output-dir: {error}; name another folder") from error
     try:
         yield
     finally:
@@ -2985,9 +2746,7 @@ def lock_work_dir(work_dir: Path) -> Iterator[None]:
             shutil.rmtree(work_dir, ignore_errors=True)
 
 
-def take_up_work(
-    work_dir: Path, settings: dict[str, Any], overwrite: bool
-) -> Dialogues:
+def take_up_work(work_dir: Path, settings: Settings, overwrite: bool) -> Dialogues:
     """Read the dialogues that an interrupted run with the same settings has left."""
     others = find_other_journals(work_dir, settings)
     if others and not overwrite:
@@ -2998,7 +2757,7 @@ def take_up_work(
     return read_journals(work_dir, settings)
 
 
-def find_other_journals(work_dir: Path, settings: dict[str, Any]) -> list[Path]:
+def find_other_journals(work_dir: Path, settings: Settings) -> list[Path]:
     """The journals of unfinished work with other settings."""
     own = set(work_dir.glob(journal_name(settings, "*")))
     others = sorted(set(work_dir.glob("dialogues-*.jsonl")) - own)
@@ -3021,28 +2780,25 @@ def read_settings(record: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def other_settings(record: Path, settings: dict[str, Any]) -> InputError:
+def other_settings(record: Path, settings: Settings) -> InputError:
     """The error for results that were made with other settings, as a file says."""
     difference = first_difference(read_settings(record), settings)
     return InputError(
-        f"{record}: made with {difference or 'other settings'}; undo the change, name "
-        "another --output-dir, or discard that work with --overwrite"
+        f"{record}: made with {difference}; undo the change, name another "
+        "--output-dir, or discard that work with --overwrite"
     )
 
 
 def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first setting that differs, in words; "" if none does."""
+    """The first setting that differs, in words."""
     for name in [*wanted, *found]:
         old = found.get(name)
         new = wanted.get(name)
-        if old == new:
-            continue
-        if isinstance(new, dict):
+        if old != new and isinstance(new, dict):
             return f"another {name} ({first_difference(old or {}, new)})"
-        if len(repr(new)) > 80:
-            return f"another {name}"
-        return f"{name} = {old!r:.80}, but this run has {new!r}"
-    return ""
+        if old != new:
+            return f"{name} = {old!r:.80}, but this run has {new!r:.80}"
+    return "other settings"
 
 
 def fingerprint(value: Any) -> str:
@@ -3071,7 +2827,6 @@ def write_text(path: Path, text: str) -> None:
 
 POLL_SECONDS = 0.2
 LOST_LAUNCH = "the processes of this launch have lost each other"
-RESUME_REMEDY = "the same command goes on from here"
 
 
 class Launch:
@@ -3110,12 +2865,12 @@ class Launch:
 
 
 def deal_samples(
-    launch: Launch, settings: dict[str, Any], samples: Sequence[Sample], known: int = 0
+    launch: Launch, settings: Settings, samples: Sequence[Sample], again: bool
 ) -> Sequence[Sample]:
     """As rank 0, send every other rank its part of the samples, and keep the first.
 
-    A part is a stretch, so that ranks read different files. `known` dialogues are there
-    already.
+    A part is a stretch, so that ranks read different files. `again` says whether there
+    are dialogues already.
     """
     parts = []
     for rank in range(launch.world_size):
@@ -3124,7 +2879,7 @@ def deal_samples(
         parts.append(samples[start:end])
         if rank > 0:
             indices = [sample.index for sample in parts[rank]]
-            message = {"settings": settings, "known": known, "indices": indices}
+            message = {"settings": settings, "again": again, "indices": indices}
             launch.send(f"part-{rank}", message)
     return parts[0]
 
@@ -3138,16 +2893,13 @@ def run_as_worker(args: argparse.Namespace, launch: Launch) -> None:
     progress = Progress()
     if part["indices"]:
         job = prepare_job(args)
-        difference = first_difference(part["settings"], job.settings)
-        if difference:
+        if part["settings"] != job.settings:
+            difference = first_difference(part["settings"], job.settings)
             raise RunError(f"rank 0 has {difference}; start all processes alike")
-        known = read_journals(job.work_dir, job.settings)
         wanted = set(part["indices"])
         samples = [sample for sample in job.plan.samples if sample.index in wanted]
-        annotator = make_annotator(job, launch, known, part["known"])
-        progress = annotator.progress
-        for _ in generate_part(job, launch, samples, annotator):
-            pass
+        known = read_journals(job.work_dir, job.settings)
+        progress = generate_part(job, launch, samples, known, part["again"])
     launch.send(f"report-{launch.rank}", asdict(progress))
 
 
@@ -3158,6 +2910,7 @@ def add_reports(launch: Launch, progress: Progress) -> None:
         progress.generated += report["generated"]
         progress.retried += report["retried"]
         progress.failed.update(report["failed"])
+        progress.seconds = max(progress.seconds, report["seconds"])
 
 
 # ------------------------------------------------------------------------------ result
@@ -3178,7 +2931,7 @@ class Results:
     tasks: pd.DataFrame
     task_indices: np.ndarray
     annotations: list[dict[str, Any]]
-    summary: list[tuple[str, str]]
+    summary: Rows
 
 
 def generate_synthetic_data(
@@ -3209,15 +2962,10 @@ def generate_synthetic_data(
     """
     plan = plan or make_plan(dataset)
     known = dict(dialogues or {})
+    missing = [sample for sample in plan.samples if sample.index not in known]
     annotator = Annotator(pgen, batch_size, verify)
-    missing = []
-    for sample in plan.samples:
-        if sample.index in known:
-            annotator.remember(sample, known[sample.index])
-        else:
-            missing.append(sample)
-    with progress_bar(total=len(plan.samples), initial=len(known)) as bar:
-        for finished in annotator.annotate(plan, missing):
+    with tqdm(total=len(missing), unit="sample") as bar:
+        for finished in annotator.annotate(plan, missing, known):
             known.update(finished)
             bar.update(len(finished))
     results = build_results(plan, known)
@@ -3272,7 +3020,6 @@ def build_results(plan: Plan, dialogues: Dialogues) -> Results:
     Raises:
         RunError: an episode is left without any dialogue.
     """
-    import numpy as np
     import pandas as pd
 
     carried = assign_dialogues(plan, dialogues)
@@ -3307,7 +3054,7 @@ def build_results(plan: Plan, dialogues: Dialogues) -> Results:
 
 def summarize(
     plan: Plan, annotations: Sequence[dict[str, Any]], late_frames: int
-) -> list[tuple[str, str]]:
+) -> Rows:
     """Count what the summary, the card and the page say of the dialogues, in words."""
     total = len(annotations)
     prompts = Counter(line["user_prompt"] for line in annotations)
@@ -3348,8 +3095,6 @@ def count_values(values: Iterable[str]) -> str:
 
 def write_dataset(source: Source, results: Results, target: Path) -> None:
     """Write the source plus the new column, with the tables of dialogues."""
-    import pyarrow as pa
-
     disk_errors = (OSError, pa.ArrowException)
     first = 0
     for folder, subfolders, names in os.walk(source.root, followlinks=True):
@@ -3379,9 +3124,6 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
     Row groups, codecs and dictionaries stay. A placeholder of the column is replaced.
     `values` are those of the column from the file's first row on.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     new = pa.field(COLUMN, pa.int64())
     with pq.ParquetFile(source) as parquet:
         schema = parquet.schema_arrow
@@ -3520,8 +3262,7 @@ PAGE = """\
 </div>
 
 <h2>Frames and dialogues</h2>
-<p class="quiet">{{ articles | length }} of {{ total }} dialogues, spread over episodes,
-  skills and types.</p>
+<p class="quiet">{{ articles | length }} of {{ total }} dialogues, drawn at random.</p>
 {# The script shows the filters: without it they would do nothing. #}
 <form id="filters" hidden>
   {% for name, options in filters.items() if options %}
@@ -3651,12 +3392,10 @@ def write_page(
     path: Path, job: Job, annotations: Sequence[Any], summary: Any, notice: str = ""
 ) -> None:
     """Write the page: dialogues with their frames, figures and timelines."""
-    import jinja2
-
     plan = job.plan
     lines = {(line["episode_id"], line["frame_index"]): line for line in annotations}
     samples = [x for x in plan.samples if (x.episode_id, x.frame_index) in lines]
-    shown = spread_samples(samples, MAX_PAGE_DIALOGUES)
+    shown = draw_samples(samples, MAX_PAGE_DIALOGUES)
     # Views share the area of a single one, so that the page stays below some 6 MB.
     width = round(THUMBNAIL_WIDTH / math.sqrt(len(plan.camera_keys)))
     articles = []
@@ -3723,8 +3462,6 @@ def make_timelines(plan: Plan) -> list[dict[str, Any]]:
 
     Lengths and places are in percent: of the longest episode, and of their own.
     """
-    import numpy as np
-
     step = max(1, math.ceil(len(plan.episodes) / MAX_PAGE_TIMELINES))
     chosen = plan.episodes[::step]
     longest = max(len(episode.skill_numbers) for episode in chosen)
@@ -3819,12 +3556,17 @@ new `meta/`. Merge before annotating, as the rows of two tables collide.
 """
 
 
+def read_card(folder: Path) -> str:
+    """The text of a dataset's README.md; "" if it has none."""
+    card = folder / "README.md"
+    return card.read_text("utf-8-sig", "replace") if card.is_file() else ""
+
+
 def write_card(folder: Path, name: str) -> None:
     """Write README.md of a finished dataset, from what stands in its folder.
 
     The text and metadata (licence, tags and so on) of the source's card are kept.
     """
-    import jinja2
     from huggingface_hub import DatasetCard
 
     record = read_json(folder / RECORD)
@@ -3998,20 +3740,11 @@ def push(folder: Path, target: str, private: bool) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What a command line comes down to, before anything is generated or written.
-
-    Attributes:
-        args: the flags.
-        plan: which frames are sampled, and what is asked.
-        settings: all that the dialogues depend on.
-        output: the folder of the new dataset.
-        work_dir: the folder of the work, until the output appears whole.
-        name: of the new dataset, on the Hub.
-    """
+    """What a command line comes down to, before anything is generated or written."""
 
     args: argparse.Namespace
     plan: Plan
-    settings: dict[str, Any]
+    settings: Settings
     output: Path
     work_dir: Path
     name: str
@@ -4036,9 +3769,10 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         # They are read before the work begins, and stay with the results.
         print(f"note: {note}")
     is_done = is_finished(job.output) and not args.overwrite
+    if args.dry_run or is_done:
+        deal_samples(launch, job.settings, samples=[], again=is_done)
     if args.dry_run:
         print_plan(job)
-        deal_samples(launch, job.settings, samples=[])
         return
     if is_done and read_settings(job.output / RECORD) != job.settings:
         raise other_settings(job.output / RECORD, job.settings)
@@ -4048,11 +3782,8 @@ def annotate_dataset(args: argparse.Namespace) -> None:
     if is_done:
         print(f"finished already, with the same settings: {job.output}")
         print(f"look at {job.output / 'meta' / 'dialogues.html'}")
-        deal_samples(launch, job.settings, samples=[])
         # The name may be another one than it was; a card under this one may be edited.
-        card = job.output / "README.md"
-        text = card.read_text("utf-8", "replace") if card.is_file() else ""
-        if f'"{job.name}"' not in text:
+        if f'"{job.name}"' not in read_card(job.output):
             write_card(job.output, job.name)
     elif args.preview:
         preview(job, launch)
@@ -4069,7 +3800,7 @@ def prepare_job(args: argparse.Namespace) -> Job:
         say("loading LeRobot, which takes some ten seconds")
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    root = find_dataset(args.repo_id, args.data_dir, args.revision)
+    root = find_dataset(args)
     base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
     output = Path(args.output_dir or f"{base}{SUFFIX}").absolute()
     work_dir = Path(f"{output}.partial")
@@ -4154,11 +3885,13 @@ def make_dataset(job: Job, launch: Launch) -> None:
         say(f"writing {job.output}")
         shutil.rmtree(fresh, ignore_errors=True)
         write_dataset(job.plan.source, results, fresh)
-        card = job.plan.source.root / "README.md"
-        text = card.read_text("utf-8-sig", "replace") if card.is_file() else ""
-        record = {"settings": job.settings, "source": job.args.repo_id}
-        record.update(date=date.today().isoformat(), summary=results.summary)
-        record.update(source_card=text)
+        record = {
+            "settings": job.settings,
+            "source": job.args.repo_id,
+            "date": date.today().isoformat(),
+            "summary": results.summary,
+            "source_card": read_card(job.plan.source.root),
+        }
         write_text(fresh / RECORD, json.dumps(record, indent=4))
         page = fresh / "meta" / "dialogues.html"
         write_page(page, job, results.annotations, results.summary)
@@ -4173,27 +3906,42 @@ def make_dataset(job: Job, launch: Launch) -> None:
 def generate_missing(
     job: Job, launch: Launch, samples: Sequence[Sample], known: Dialogues
 ) -> Progress:
-    """As rank 0, generate the samples that are not known, and count what all ranks did.
-
-    The dialogues of this process are added to the known ones; the bar shows its part.
-    """
+    """As rank 0, generate what is not known yet, and count what all ranks did."""
     missing = [sample for sample in samples if sample.index not in known]
-    part = deal_samples(launch, job.settings, missing, len(known))
+    again = bool(known)
+    part = deal_samples(launch, job.settings, missing, again)
     say(f"{len(samples) - len(missing)} of {len(samples)} dialogues are there already")
-    if not missing:
-        return Progress()
-    annotator = make_annotator(job, launch, known, len(known))
-    progress = annotator.progress
-    started = time.monotonic()
-    with progress_bar(total=len(part)) as bar:
-        for finished in generate_part(job, launch, part, annotator):
-            known.update(finished)
-            bar.set_postfix(retried=progress.retried, refresh=False)
-            bar.update(len(finished))
+    progress = Progress()
+    if part:
+        progress = generate_part(job, launch, part, known, again)
     add_reports(launch, progress)
-    progress.seconds = time.monotonic() - started
     for place, reason in progress.failed.items():
         say(f"failed: {place}: {reason}")
+    return progress
+
+
+def generate_part(
+    job: Job, launch: Launch, samples: Sequence[Sample], known: Dialogues, again: bool
+) -> Progress:
+    """Generate samples into the journal of this process, and count them.
+
+    `again` says whether an earlier run has dialogues: what failed is not repeated then.
+    """
+    args = job.args
+    pgen = load_model(job, launch, again)
+    annotator = Annotator(pgen, args.batch_size, args.verify, job.settings["seed"])
+    if args.verify and launch.rank == 0:
+        annotator.try_verification(job.plan.samples)
+    path = job.work_dir / journal_name(job.settings, launch.rank)
+    bar = tqdm(total=len(samples), unit="sample", disable=launch.rank > 0)
+    progress = annotator.progress
+    started = time.monotonic()
+    with closing(Journal(path)) as journal, bar:
+        for finished in annotator.annotate(job.plan, samples, known):
+            journal.add(finished)
+            bar.set_postfix(retried=progress.retried, refresh=False)
+            bar.update(len(finished))
+    progress.seconds = time.monotonic() - started
     return progress
 
 
@@ -4202,17 +3950,15 @@ def preview(job: Job, launch: Launch) -> None:
 
     They go into the journal, from which a run with the same settings takes them over.
     """
-    samples = spread_samples(job.plan.samples, job.args.preview)
+    samples = draw_samples(job.plan.samples, job.args.preview)
     with lock_work_dir(job.work_dir):
         known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
         progress = generate_missing(job, launch, samples, known)
         known = read_journals(job.work_dir, job.settings)
-    lines = []
-    for sample in samples:
-        if sample.index in known:
-            lines.append(annotation_line(sample, known[sample.index]))
-    if not lines:
+    shown = [sample for sample in samples if sample.index in known]
+    if not shown:
         raise RunError("no valid dialogue for any sample; try another --model")
+    lines = [annotation_line(sample, known[sample.index]) for sample in shown]
     page = job.output.with_name(job.output.name + ".preview.html")
     summary = summarize(job.plan, lines, count_late_frames(job.plan))
     total = len(job.plan.samples)
@@ -4233,64 +3979,35 @@ def preview(job: Job, launch: Launch) -> None:
     print(f"\nlook at {page}")
 
 
-def make_annotator(
-    job: Job, launch: Launch, known: Dialogues, known_count: int
-) -> Annotator:
+def load_model(job: Job, launch: Launch, again: bool) -> Pgen:
     """Load the model for this process, or connect it to the server.
 
-    `known_count` dialogues were there when the launch began. If there were any, other
-    random numbers are drawn, since what has failed must not be repeated.
+    Other random numbers are drawn `again`, since what has failed must not be repeated.
     """
     args = job.args
-    samples = job.plan.samples
-    pgen: Pgen
     if args.server:
         model = job.settings["model"]
-        seed = None if known_count else args.seed
-        pgen = ServerPgen(args.server, model, args.temperature, seed)
-        longest = max(samples, key=lambda sample: len(sample.prompt))
-        pgen.check(len(job.plan.camera_keys), longest)
-    else:
-        import torch
+        seed = None if again else args.seed
+        server = ServerPgen(args.server, model, args.temperature, seed)
+        longest = max(job.plan.samples, key=lambda sample: len(sample.prompt))
+        server.check(len(job.plan.camera_keys), longest)
+        return server
+    import torch
 
-        if launch.rank == 0:
-            say(f"loading {args.model}, which may take minutes")
-        device = args.device
-        if device == "cuda" and launch.world_size > 1:
-            device = f"cuda:{launch.local_rank % max(1, torch.cuda.device_count())}"
-        pgen = QwenPgen(args.model, device, args.dtype, args.temperature)
-        again = time.time_ns() if known_count else 0
-        drawn = random.Random(f"{job.settings['seed']} {launch.rank} {again}")
-        torch.manual_seed(drawn.getrandbits(63))
-    annotator = Annotator(pgen, args.batch_size, args.verify, job.settings["seed"])
-    for sample in samples:
-        if sample.index in known:
-            annotator.remember(sample, known[sample.index])
-    if args.verify and launch.rank == 0:
-        annotator.try_verification(samples)
-    return annotator
-
-
-def generate_part(
-    job: Job, launch: Launch, samples: Sequence[Sample], annotator: Annotator
-) -> Iterator[Dialogues]:
-    """Generate samples into the journal of this process, and yield what is written."""
-    path = job.work_dir / journal_name(job.settings, launch.rank)
-    with closing(Journal(path)) as journal:
-        for finished in annotator.annotate(job.plan, samples):
-            journal.add(finished)
-            yield finished
+    if launch.rank == 0:
+        say(f"loading {args.model}, which may take minutes")
+    device = args.device
+    if device == "cuda" and launch.world_size > 1:
+        device = f"cuda:{launch.local_rank % max(1, torch.cuda.device_count())}"
+    pgen = QwenPgen(args.model, device, args.dtype, args.temperature)
+    salt = time.time_ns() if again else 0
+    drawn = random.Random(f"{job.settings['seed']} {launch.rank} {salt}")
+    torch.manual_seed(drawn.getrandbits(63))
+    return pgen
 
 
 # ------------------------------------------------------------------------------ report
 # What is said before and after.
-
-
-def progress_bar(total: int, initial: int = 0) -> Any:
-    """tqdm's bar of samples on stderr."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, unit="sample")
 
 
 def print_rows(rows: Iterable[Sequence[Any]]) -> None:
@@ -4299,7 +4016,7 @@ def print_rows(rows: Iterable[Sequence[Any]]) -> None:
         print(f"{name:38} {value}")
 
 
-def describe_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
+def describe_settings(settings: Settings) -> Rows:
     """The settings that a reader of the page or the card wants to know, in words."""
     names = ["model", "engine", "skill_source", "camera_keys", "sample_interval"]
     names += ["align_skills", "verify", "temperature", "seed"]
@@ -4375,11 +4092,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def make_parser() -> ArgumentParser:
     """The flags, with their defaults."""
-    description, _, examples = (__doc__ or "").partition("examples:")
     parser = ArgumentParser(
         prog="annotate_pgen.py",
-        description=description,
-        epilog=f"examples:{examples}",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -4388,19 +4103,11 @@ def make_parser() -> ArgumentParser:
     data.add_argument("--data-dir", type=Path, help="dataset in a local folder")
     data.add_argument("--revision", help="branch, tag or commit on the Hub, else main")
     data.add_argument(
-        "--num-image-views-per-sample",
-        type=int,
-        default=1,
-        help="number of cameras (%(default)s)",
+        "--num-image-views-per-sample", type=int, default=1, help="number of cameras, 1"
     )
+    data.add_argument("--camera-keys", nargs="+", metavar="KEY", help="which cameras")
     data.add_argument(
-        "--camera-keys", nargs="+", metavar="KEY", help="which cameras, by name"
-    )
-    data.add_argument(
-        "--sample-interval",
-        type=float,
-        default=1.0,
-        help="seconds between dialogues (%(default)s)",
+        "--sample-interval", type=float, default=1.0, help="seconds, 1.0 by default"
     )
     data.add_argument(
         "--align-skills", action="store_true", help="start the grid anew at each skill"
@@ -4423,23 +4130,13 @@ def make_parser() -> ArgumentParser:
         help="servers that speak OpenAI's chat completions (http://localhost:8000/v1), "
         f"in place of a model in this process; a key is taken from {KEY_VARIABLE}",
     )
+    model.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu, auto")
     model.add_argument(
-        "--device",
-        default="cuda",
-        help="cuda, cuda:1, cpu; auto: all GPUs (%(default)s)",
-    )
-    model.add_argument(
-        "--dtype",
-        default="bfloat16",
-        choices=("bfloat16", "float16", "float32"),
-        help="(%(default)s)",
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32")
     )
     generation = parser.add_argument_group("generation")
     generation.add_argument(
-        "--temperature",
-        type=float,
-        default=0.7,
-        help="0 takes the likeliest (%(default)s)",
+        "--temperature", type=float, default=0.7, help="0 takes the likeliest words"
     )
     generation.add_argument(
         "--batch-size",
@@ -4453,9 +4150,7 @@ def make_parser() -> ArgumentParser:
         help="ask again where the model takes a user prompt for another skill",
     )
     generation.add_argument(
-        "--seed",
-        type=int,
-        help="of all random choices, else 0; sent to servers if given",
+        "--seed", type=int, help="of all random choices; sent to servers if given"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", type=Path, help=f"else <source>{SUFFIX}")
@@ -4465,17 +4160,11 @@ def make_parser() -> ArgumentParser:
         help="discard a finished output, and unfinished work with other settings",
     )
     output.add_argument("--push-to-hub", action="store_true", help="upload the result")
+    output.add_argument("--new-repo-id", metavar="USER/NAME", help="where to")
+    output.add_argument("--private", action="store_true", help="make it private there")
+    output.add_argument("--dry-run", action="store_true", help="print plan and prompts")
     output.add_argument(
-        "--new-repo-id", metavar="USER/NAME", help=f"where to, else <repo-id>{SUFFIX}"
-    )
-    output.add_argument(
-        "--private", action="store_true", help="make the repository there private"
-    )
-    output.add_argument(
-        "--dry-run", action="store_true", help="print the plan and prompts; no model"
-    )
-    output.add_argument(
-        "--preview", type=int, metavar="N", help="show N dialogues; write no dataset"
+        "--preview", type=int, metavar="N", help="show N dialogues only"
     )
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -4567,7 +4256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
     except ModuleNotFoundError as error:
         code = 2
-        message = f"{error}; run `python -m pip install -r requirements.txt`"
+        message = f"{error}; {INSTALL}"
     except BrokenPipeError:
         # `--dry-run | head` has seen enough, and what is left cannot be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

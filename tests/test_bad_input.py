@@ -129,7 +129,7 @@ def test_ten_episodes_are_named_and_the_others_counted(built, refused):
 def test_no_dataset(tmp_path, refused):
     assert "no such folder" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "meta/info.json: not there" in refused(tmp_path / "empty")
+    assert "meta/info.json: cannot be read: No such file" in refused(tmp_path / "empty")
     code, out, err = run("--repo-id", "somebody/nothing", "--device", "cpu")
     assert (code, out) == (2, "")
     assert "--repo-id somebody/nothing" in err.splitlines()[-1]

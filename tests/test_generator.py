@@ -154,9 +154,8 @@ def test_text_of_a_dataset_is_no_special_token(text, pgen, monkeypatch):
         """Those of a frame's chat, and of a question of --verify."""
         prompt = annotate_pgen.construct_prompt(said, [said], said)
         ids = pgen.prepare(IMAGES[0], prompt)["input_ids"][0].tolist()
-        assert "|" in said or annotate_pgen.one_line(said) in tokenizer.decode(ids)
-        question = annotate_pgen.construct_verify_prompt(said, [said, "grasp"])
-        pgen.choose([question], [2])
+        assert "<" in said or annotate_pgen.one_line(said) in tokenizer.decode(ids)
+        pgen.choose([(said, [said, "grasp"])])
         ids += calls[-1]["input_ids"][0].tolist()
         return [number for number in ids if number in tokenizer.all_special_ids]
 
@@ -222,28 +221,27 @@ def test_out_of_memory_halves_batches_and_other_failures_are_named(
     with pytest.raises(RunError, match=r"contains inf.*--dtype"):
         hand_set.answer(prepare(hand_set))
     with pytest.raises(RunError, match=r"contains inf.*--dtype"):
-        hand_set.choose(["Up.\nA. take\nB. lift"], [2])
+        hand_set.choose([("Up.", ["take", "lift"])])
 
 
 def test_choose_takes_the_likeliest_label_of_each_question(pgen, built, monkeypatch):
     questions = []
-    counts = [1 + number % 4 for number in range(16)]
-    for number, count in enumerate(counts):
+    for number in range(16):
         options = [f"{word} {number}" for word in ("reach", "lift", "place", "tip")]
         said = f"Could you {'do ' * (number % 7)}number {number * 37}?"
-        questions += [annotate_pgen.construct_verify_prompt(said, options[:count])]
-    chosen = pgen.choose(questions, counts)
+        questions.append((said, options[: 1 + number % 4]))
+    chosen = pgen.choose(questions)
     assert len(set(chosen)) > 1
     # A model keeps the positions of its last images; the next call is another size.
     pgen.answer(prepare(pgen))
-    pairs = zip(questions, counts, strict=True)
-    assert [pgen.choose([question], [count])[0] for question, count in pairs] == chosen
+    assert [pgen.choose([question])[0] for question in questions] == chosen
     calls = spy(pgen, "forward", monkeypatch, limit=5)
-    assert pgen.choose(questions, counts) == chosen
+    assert pgen.choose(questions) == chosen
     assert [len(call["input_ids"]) for call in calls] == [16, 8, 4, 4, 4, 4]
     path = built("c_then_b", make_demo.make_model, label_shares={"B": 0.3, "C": 0.7})
     pgen = QwenPgen(str(path), "cpu", "float32")
-    assert pgen.choose(questions[:4], counts[:4]) == [0, 1, 2, 2]
+    expected = ["reach 0", "lift 1", "place 2", "place 3"]
+    assert pgen.choose(questions[:4]) == expected
 
 
 @pytest.mark.parametrize(
@@ -307,16 +305,13 @@ class Scripted:
                 texts.append(json.dumps(say(said)) if said else "I am a model.")
         return texts
 
-    def choose(self, questions, option_counts):
-        choices = []
-        for question, count in zip(questions, option_counts, strict=True):
-            said, *lines = question.splitlines()
-            options = [line.partition(". ")[2] for line in lines]
-            assert len(options) == count
+    def choose(self, questions):
+        chosen = []
+        for said, options in questions:
             self.options.append(options)
             skill = self.leads_to.get(said, said)
-            choices.append(options.index(skill) if skill in options else -1)
-        return choices
+            chosen.append(skill if skill in options else "")
+        return chosen
 
 
 class ScriptedQwen(Scripted, QwenPgen):
@@ -439,8 +434,8 @@ def test_a_sentence_stands_for_one_skill_of_an_episode(engine, batch_size, plan)
     assert (len(finished), annotator.progress.retried) == (3, 0)
     # It counts where it was said in an earlier run, and is never kept.
     annotator = Annotator(engine({1: ["Go on."]}), batch_size)
-    annotator.remember(known, say("go on"))
-    assert [*annotator.annotate(plan, [sample])][-1] == {}
+    before = {known.index: say("go on")}
+    assert [*annotator.annotate(plan, [sample], before)][-1] == {}
     assert "same sentence" in annotator.progress.failed["episode 0, frame 1"]
 
 

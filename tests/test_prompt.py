@@ -102,6 +102,15 @@ def test_the_types_of_the_specification_are_dealt():
     annotate_pgen.check_prompt()
 
 
+def find_fault(user_prompt, reply, *scene):
+    """What check_dialogue finds wrong, in the English scene if none is given."""
+    skill, skills, task, history = (*(scene or SCENES["English"]), "", ())[:4]
+    told = (skill, history, task)
+    sample = annotate_pgen.Sample(0, 0, 0.0, *told, episode_skills=skills)
+    dialogue = {"user_prompt": user_prompt, "robot_utterance": reply}
+    return check_dialogue(dialogue, sample)
+
+
 @pytest.mark.parametrize(("scenario", "example"), POOL)
 def test_an_example_replies_to_every_type_and_would_be_taken(scenario, example):
     assert list(example.replies) == suitable_responses(scenario)
@@ -110,7 +119,7 @@ def test_an_example_replies_to_every_type_and_would_be_taken(scenario, example):
     for reply in example.replies.values():
         said = {"user_prompt": example.user_prompt, "robot_utterance": reply}
         assert parse_answer(json.dumps(said)) == said
-        assert check_dialogue(said, *scene, example.history) == ""
+        assert find_fault(*said.values(), *scene, example.history) == ""
     # A constraint that is acknowledged was said.
     repeated = example.replies.get("constraint_acknowledgment", example.user_prompt)
     assert words(repeated) & words(example.user_prompt)
@@ -411,12 +420,6 @@ CHECKED = [
     ("German", "Greif nach den Lampen.", "Den Stein, gut.", "example"),
     ("Two German steps", "Den roten Stein in die Kiste legen!", "Stein.", "whole task"),
 ]
-
-
-def find_fault(user_prompt, reply, *scene):
-    """What check_dialogue finds wrong, in the English scene if none is given."""
-    dialogue = {"user_prompt": user_prompt, "robot_utterance": reply}
-    return check_dialogue(dialogue, *(scene or SCENES["English"]))
 
 
 @pytest.mark.parametrize(("scene", "user_prompt", "reply", "fault"), CHECKED)

@@ -216,8 +216,8 @@ def test_pictures_are_bounded_jpegs(pgen, size):
 def test_special_tokens_are_broken_up(chat, pgen):
     ask(pgen, "put <|im_end|> or </s><<|image_pad|>>, 3 < 4")
     assert text_of(chat.bodies[-1]) == "put < |im_end|> or < /s><< |image_pad|>>, 3 < 4"
-    pgen.choose(["<image>"], [2])
-    assert text_of(chat.bodies[-1]) == "< image>"
+    pgen.choose([("<image>", ["lift"])])
+    assert '"< image>"' in text_of(chat.bodies[-1])
 
     @given(st.text(alphabet="<|>/im_end \n", max_size=30))
     def check_text(text):
@@ -442,7 +442,9 @@ def test_errors_that_stay(chat, dataset, tmp_path, monkeypatch, status):
     chat.answer = in_turn(*[dialogue_of] * 6, then=no_longer)
     code, out, err = serve(dataset, output, chat)
     assert (code, out) == (1, "")
-    assert re.search("error: .*; check the server and run the same command again", err)
+    assert re.search(
+        "error: .*; check the server; the same command goes on from here", err
+    )
     assert ("no longer" in err.splitlines()[-1]) == (status > 0)
     assert not output.exists()
     kept = journal(output)
