@@ -3220,8 +3220,8 @@ PAGE = """\
   {% endfor %}
 </dl>
 {% endmacro %}
-{% macro number(skill, place) %}
-<b class="number color{{ skills[skill] % 10 }}" title="{{ skill }}" {{ place }}>
+{% macro number(skill, style="") %}
+<b class="number color{{ skills[skill] % 10 }}" title="{{ skill }}" style="{{ style }}">
   {{- skills[skill] + 1 -}}
 </b>
 {% endmacro %}
@@ -3229,8 +3229,6 @@ PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'; script-src '{{ script_hash }}'; base-uri 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Dialogues of {{ title }}</title>
 <style>{{ style | safe }}</style>
@@ -3249,7 +3247,9 @@ PAGE = """\
   <div class="timeline">
     <span>Episode {{ timeline.episode }}</span>
     <div class="strip" style="width: {{ timeline.width }}%">
-      {% for name, place in timeline.bars %}{{ number(name, place | safe) }}{% endfor %}
+      {% for name, start, width in timeline.bars %}
+      {{ number(name, "left: %f%%; width: %f%%" | format(start, width)) }}
+      {% endfor %}
       {% for tick in timeline.ticks %}<i style="left: {{ tick }}%"></i>{% endfor %}
     </div>
     <span class="quiet">{{ timeline.seconds }} s</span>
@@ -3265,7 +3265,7 @@ PAGE = """\
 <p class="quiet">{{ articles | length }} of {{ total }} dialogues, drawn at random.</p>
 {# The script shows the filters: without it they would do nothing. #}
 <form id="filters" hidden>
-  {% for name, options in filters.items() if options %}
+  {% for name, options in filters.items() if options | length > 1 %}
   <label>{{ name }}
     <select name="{{ name }}">
       <option value="">All</option>
@@ -3280,13 +3280,14 @@ PAGE = """\
   <button type="reset">Show all</button>
 </form>
 <div class="dialogues">
-  {% for line, views, verified in articles %}
-  {% set id = "episode-%d-frame-%d" | format(line.episode_id, line.frame_index) %}
-  <article id="{{ id }}" class="panel" data-episode="{{ line.episode_id }}"
-    data-skill="{{ skills[line.skill_current] }}" data-verified="{{ verified }}"
-    data-scenario="{{ line.scenario_type }}" data-response="{{ line.response_type }}">
-    <h3><a href="#{{ id }}">Episode {{ line.episode_id }}</a>,
-      frame {{ line.frame_index }}, {{ "%.2f" | format(line.timestamp) }} s</h3>
+  {% for sample, dialogue, views, verified in articles %}
+  {% set id = "episode-%d-frame-%d" | format(sample.episode_id, sample.frame_index) %}
+  <article id="{{ id }}" class="panel" data-episode="{{ sample.episode_id }}"
+    data-skill="{{ skills[sample.skill_current] }}" data-verified="{{ verified }}"
+    data-scenario="{{ sample.scenario_type }}"
+    data-response="{{ sample.response_type }}">
+    <h3><a href="#{{ id }}">Episode {{ sample.episode_id }}</a>,
+      frame {{ sample.frame_index }}, {{ "%.2f" | format(sample.timestamp) }} s</h3>
     <div>
       {% for camera, jpeg in views %}
       <img src="data:image/jpeg;base64,{{ jpeg | safe }}" alt="{{ id }}, {{ camera }}">
@@ -3294,14 +3295,14 @@ PAGE = """\
       {% endfor %}
     </div>
     <div>
-      <p class="person" dir="auto"><bdi>{{ line.user_prompt }}</bdi></p>
-      <p class="robot" dir="auto"><bdi>{{ line.robot_utterance }}</bdi></p>
-      <p>{{ number(line.skill_current) }} <bdi>{{ line.skill_current }}</bdi></p>
-      <p class="quiet">{{ line.scenario_type }}, {{ line.response_type }}
+      <p class="person" dir="auto"><bdi>{{ dialogue.user_prompt }}</bdi></p>
+      <p class="robot" dir="auto"><bdi>{{ dialogue.robot_utterance }}</bdi></p>
+      <p>{{ number(sample.skill_current) }} <bdi>{{ sample.skill_current }}</bdi></p>
+      <p class="quiet">{{ sample.scenario_type }}, {{ sample.response_type }}
         {{- ", " ~ verified if verified else "" }}</p>
-      <p class="quiet">Task: <bdi>{{ line.task_description }}</bdi></p>
+      <p class="quiet">Task: <bdi>{{ sample.task_description }}</bdi></p>
       <p class="quiet">Before:
-        <bdi>{{ line.skill_history[-history:] | join("; ") or "nothing" }}</bdi></p>
+        <bdi>{{ sample.skill_history[-history:] | join("; ") or "nothing" }}</bdi></p>
     </div>
   </article>
   {% endfor %}
@@ -3389,15 +3390,15 @@ filter();
 
 
 def write_page(
-    path: Path, job: Job, annotations: Sequence[Any], summary: Any, notice: str = ""
+    path: Path, job: Job, dialogues: Dialogues, summary: Rows, notice: str = ""
 ) -> None:
     """Write the page: dialogues with their frames, figures and timelines."""
     plan = job.plan
-    lines = {(line["episode_id"], line["frame_index"]): line for line in annotations}
-    samples = [x for x in plan.samples if (x.episode_id, x.frame_index) in lines]
+    samples = [sample for sample in plan.samples if sample.index in dialogues]
     shown = draw_samples(samples, MAX_PAGE_DIALOGUES)
     # Views share the area of a single one, so that the page stays below some 6 MB.
     width = round(THUMBNAIL_WIDTH / math.sqrt(len(plan.camera_keys)))
+    verdicts = {True: "recovered", False: "not recovered"}
     articles = []
     for sample, views in zip(shown, read_views(plan, shown), strict=True):
         pictures = []
@@ -3405,19 +3406,16 @@ def write_page(
             view.thumbnail((width, width))
             camera = camera_key.removeprefix("observation.images.")
             pictures.append((camera, encode_jpeg(view, quality=80)))
-        line = lines[sample.episode_id, sample.frame_index]
-        verdicts = {True: "recovered", False: "not recovered"}
-        verified = verdicts.get(line.get("skill_recovered"), "")
-        articles.append((line, pictures, verified))
+        dialogue = dialogues[sample.index]
+        verified = verdicts.get(dialogue.get("skill_recovered"), "")
+        articles.append((sample, dialogue, pictures, verified))
     timelines = make_timelines(plan)
-    names = [name for timeline in timelines for name, _ in timeline["bars"]]
+    names = [name for timeline in timelines for name, _, _ in timeline["bars"]]
     names += [sample.skill_current for sample in shown]
     skills = {name: number for number, name in enumerate(dict.fromkeys(names))}
     environment = jinja2.Environment(
         autoescape=True, finalize=page_text, trim_blocks=True, lstrip_blocks=True
     )
-    # The browser runs the script with this hash and no other, wherever one came from.
-    digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     html = environment.from_string(PAGE).render(
         title=job.name,
         notice=notice,
@@ -3425,29 +3423,26 @@ def write_page(
         settings=describe_settings(job.settings),
         timelines=timelines,
         articles=articles,
-        total=len(annotations),
+        total=len(samples),
         history=HISTORY_LENGTH,
         skills=skills,
         filters={
-            "episode": {sample.episode_id: sample.episode_id for sample in shown},
+            "episode": {x.episode_id: x.episode_id for x in shown},
             "skill": {x.skill_current: skills[x.skill_current] for x in shown},
             "scenario": {x.scenario_type: x.scenario_type for x in shown},
             "response": {x.response_type: x.response_type for x in shown},
-            "verified": {verified: verified for _, _, verified in articles if verified},
+            "verified": {article[-1]: article[-1] for article in articles},
         },
         style=PAGE_STYLE,
         script=PAGE_SCRIPT,
-        script_hash=f"sha256-{digest}",
     )
     write_text(path, html.lstrip())
 
 
 def page_text(value: Any) -> Any:
     """Make a text harmless and of readable length; the page's own HTML stays."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    end = "…" if len(value) > MAX_PAGE_TEXT else ""
-    return one_line(value[:MAX_PAGE_TEXT]) + end
+    is_own = not isinstance(value, str) or hasattr(value, "__html__")
+    return value if is_own else one_line(value[:MAX_PAGE_TEXT])
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> str:
@@ -3462,22 +3457,16 @@ def make_timelines(plan: Plan) -> list[dict[str, Any]]:
 
     Lengths and places are in percent: of the longest episode, and of their own.
     """
-    step = max(1, math.ceil(len(plan.episodes) / MAX_PAGE_TIMELINES))
-    chosen = plan.episodes[::step]
+    chosen = plan.episodes[:: math.ceil(len(plan.episodes) / MAX_PAGE_TIMELINES)]
     longest = max(len(episode.skill_numbers) for episode in chosen)
     timelines = []
     for episode in chosen:
         total = len(episode.skill_numbers)
         numbers, firsts = np.unique(episode.skill_numbers, return_index=True)
+        shares = pairwise(100 * np.array([*firsts, total]) / total)
         bars = []
-        for number, first, end in zip(
-            numbers, firsts, [*firsts[1:], total], strict=True
-        ):
-            name = episode.skill_names[number]
-            place = (
-                f"left: {100 * first / total}%; width: {100 * (end - first) / total}%"
-            )
-            bars.append((name, f'style="{place}"'))
+        for number, (start, end) in zip(numbers, shares, strict=True):
+            bars.append((episode.skill_names[number], start, end - start))
         places = [sample.index - episode.first_index for sample in episode.samples]
         timeline = {
             "episode": episode.episode_index,
@@ -3570,28 +3559,25 @@ def write_card(folder: Path, name: str) -> None:
     from huggingface_hub import DatasetCard
 
     record = read_json(folder / RECORD)
-    card = DatasetCard("")
-    card.text = record["source_card"]
     try:
         card = DatasetCard(record["source_card"], ignore_metadata_errors=True)
     except Exception:
-        say(
-            "the source's README.md has metadata that cannot be read; they stay as text"
-        )
+        say("the metadata of the source's README.md cannot be read; they stay as text")
+        card = DatasetCard("")
+        card.text = record["source_card"]
     data: Any = card.data
     # It describes the columns that were.
     data.pop("dataset_info", None)
-    given = (
-        data.get("tags") if isinstance(data.get("tags"), list) else [data.get("tags")]
-    )
-    tags = [tag for tag in given if isinstance(tag, str)]
-    data.tags = list(dict.fromkeys(["LeRobot", "synthetic", *tags]))
+    tags = data.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
+    data.tags = list(dict.fromkeys(["LeRobot", "synthetic", *map(str, tags)]))
     data.task_categories = data.get("task_categories") or ["robotics"]
     data.configs = [{"config_name": "default", "data_files": "data/*/*.parquet"}]
     if record["source"]:
         data.source_datasets = [record["source"]]
     lines = (folder / "meta" / "syn_annotations.jsonl").read_text(encoding="utf-8")
     annotations = [json.loads(line) for line in lines.split("\n") if line]
+    settings = describe_settings(record["settings"])
     environment = jinja2.Environment(keep_trailing_newline=True)
     environment.filters["cell"] = table_cell
     text = environment.from_string(CARD).render(
@@ -3599,11 +3585,7 @@ def write_card(folder: Path, name: str) -> None:
         paper=PAPER,
         source=record["source"],
         license=data.get("license"),
-        facts=[
-            ("date", record["date"]),
-            *describe_settings(record["settings"]),
-            *record["summary"],
-        ],
+        facts=[("date", record["date"]), *settings, *record["summary"]],
         examples=annotations[:: math.ceil(len(annotations) / 3)],
         column=COLUMN,
         reading=READING.format(arguments=f'"{name}", video_backend="pyav"'),
@@ -3627,28 +3609,19 @@ def ask_hub(call: Callable, **arguments: Any) -> Any:
         try:
             return call(**arguments)
         except Exception as error:
-            if not is_passing(error):
+            # The clients raise errors of many libraries; an answer of the Hub may be
+            # attached to the error or to its cause. One that reports an error is false.
+            chain = [error, error.__cause__]
+            answers = [getattr(x, "response", None) for x in chain]
+            statuses = [x.status_code for x in answers if x is not None]
+            modules = [type(x).__module__.partition(".")[0] for x in chain]
+            is_broken = isinstance(error, (ConnectionError, TimeoutError, RuntimeError))
+            is_broken |= not {"httpx", "requests"}.isdisjoint(modules)
+            if not (statuses[0] in (429, *range(500, 600)) if statuses else is_broken):
                 raise
             say(f"the Hub: {str(error)[:99]}; again in {pause} s")
         time.sleep(pause)
     return call(**arguments)
-
-
-def is_passing(error: Exception) -> bool:
-    """Whether an error of the Hub's client is worth another try.
-
-    The clients raise errors of many libraries; an answer of the Hub may be attached to
-    the error or to its cause.
-    """
-    for candidate in (error, error.__cause__):
-        answer = getattr(candidate, "response", None)
-        # Compared with None, since a response that reports an error is false.
-        if answer is not None:
-            return answer.status_code >= 500 or answer.status_code == 429
-    modules = [type(candidate).__module__ for candidate in (error, error.__cause__)]
-    if any(module.startswith(("httpx", "requests")) for module in modules):
-        return True
-    return isinstance(error, (ConnectionError, TimeoutError, RuntimeError))
 
 
 def check_target(target: str, source: str | None, private: bool) -> bool:
@@ -3747,7 +3720,7 @@ class Job:
     settings: Settings
     output: Path
     work_dir: Path
-    name: str
+    name: str  # Of the new dataset, on the Hub.
 
 
 def annotate_dataset(args: argparse.Namespace) -> None:
@@ -3802,19 +3775,18 @@ def prepare_job(args: argparse.Namespace) -> Job:
 
     root = find_dataset(args)
     base = HF_LEROBOT_HOME / args.repo_id if args.repo_id else root
-    output = Path(args.output_dir or f"{base}{SUFFIX}").absolute()
+    # A link stays, and what it points to is replaced.
+    output = Path(os.path.realpath(args.output_dir or f"{base}{SUFFIX}"))
     work_dir = Path(f"{output}.partial")
     problem = f"--output-dir {output}"
     remedy = "name another folder"
-    for real in (output.resolve(), work_dir.resolve()):
-        if root.is_relative_to(real) or real.is_relative_to(root):
+    for folder in (output, work_dir.resolve()):
+        if root.is_relative_to(folder) or folder.is_relative_to(root):
             raise InputError(f"{problem}: overlaps the source; {remedy}")
     with errors_as(InputError, problem, remedy, OSError):
-        is_free = not work_dir.exists() or work_dir.is_dir()
-        if output.exists() and not is_finished(output):
-            is_free = not any(output.iterdir()) and not os.path.ismount(output)
-    if not is_free:
-        raise InputError(f"{problem}: is not empty, or a mount point; {remedy}")
+        is_new = is_finished(output) or not output.exists()
+        if not is_new and (any(output.iterdir()) or os.path.ismount(output)):
+            raise InputError(f"{problem}: is not empty, or a mount point; {remedy}")
     model = args.model
     if args.server and not (args.dry_run and model):
         model = ServerPgen(args.server, model).model
@@ -3837,16 +3809,15 @@ def prepare_job(args: argparse.Namespace) -> Job:
     return Job(args, plan, settings, output, work_dir, name)
 
 
-def make_settings(args: argparse.Namespace, plan: Plan, model: str) -> dict[str, Any]:
+def make_settings(args: argparse.Namespace, plan: Plan, model: str) -> Settings:
     """All that the dialogues depend on.
 
     The URL of a server, the batch size, device and precision may change when a run goes
     on, and are not among them.
     """
-    samples = hashlib.sha256()
-    for sample in plan.samples:
-        asked = (sample.index, sample.timestamp, sample.prompt, sample.episode_skills)
-        samples.update(repr(asked).encode())
+    asked = []
+    for x in plan.samples:
+        asked.append((x.index, x.timestamp, x.prompt, x.episode_skills))
     if not args.server and Path(model).is_dir():
         model = str(Path(model).resolve())
     sizes = {}
@@ -3864,7 +3835,7 @@ def make_settings(args: argparse.Namespace, plan: Plan, model: str) -> dict[str,
         "verify": args.verify,
         "skill_source": plan.skill_source.name,
         "prompt": prompt_settings(),
-        "frames, skills and tasks": samples.hexdigest()[:16],
+        "frames, skills and tasks": fingerprint(asked),
         "files with images": fingerprint(sizes),
     }
     # As it reads back: a tuple comes back as a list.
@@ -3881,7 +3852,8 @@ def make_dataset(job: Job, launch: Launch) -> None:
             raise InputError(f"{job.output}: another run has just finished it")
         known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
         progress = generate_missing(job, launch, job.plan.samples, known)
-        results = build_results(job.plan, read_journals(job.work_dir, job.settings))
+        dialogues = read_journals(job.work_dir, job.settings)
+        results = build_results(job.plan, dialogues)
         say(f"writing {job.output}")
         shutil.rmtree(fresh, ignore_errors=True)
         write_dataset(job.plan.source, results, fresh)
@@ -3894,7 +3866,7 @@ def make_dataset(job: Job, launch: Launch) -> None:
         }
         write_text(fresh / RECORD, json.dumps(record, indent=4))
         page = fresh / "meta" / "dialogues.html"
-        write_page(page, job, results.annotations, results.summary)
+        write_page(page, job, dialogues, results.summary)
         write_card(fresh, job.name)
         with errors_as(RunError, f"{fresh}: does not read back", DISK_REMEDY):
             LeRobotDatasetMetadata(job.name, root=fresh)
@@ -3908,12 +3880,11 @@ def generate_missing(
 ) -> Progress:
     """As rank 0, generate what is not known yet, and count what all ranks did."""
     missing = [sample for sample in samples if sample.index not in known]
-    again = bool(known)
-    part = deal_samples(launch, job.settings, missing, again)
+    part = deal_samples(launch, job.settings, missing, again=bool(known))
     say(f"{len(samples) - len(missing)} of {len(samples)} dialogues are there already")
     progress = Progress()
     if part:
-        progress = generate_part(job, launch, part, known, again)
+        progress = generate_part(job, launch, part, known, again=bool(known))
     add_reports(launch, progress)
     for place, reason in progress.failed.items():
         say(f"failed: {place}: {reason}")
@@ -3923,10 +3894,7 @@ def generate_missing(
 def generate_part(
     job: Job, launch: Launch, samples: Sequence[Sample], known: Dialogues, again: bool
 ) -> Progress:
-    """Generate samples into the journal of this process, and count them.
-
-    `again` says whether an earlier run has dialogues: what failed is not repeated then.
-    """
+    """Generate samples into the journal of this process, and count them."""
     args = job.args
     pgen = load_model(job, launch, again)
     annotator = Annotator(pgen, args.batch_size, args.verify, job.settings["seed"])
@@ -3943,40 +3911,6 @@ def generate_part(
             bar.update(len(finished))
     progress.seconds = time.monotonic() - started
     return progress
-
-
-def preview(job: Job, launch: Launch) -> None:
-    """Generate a few samples and show them, on stdout and on a page.
-
-    They go into the journal, from which a run with the same settings takes them over.
-    """
-    samples = draw_samples(job.plan.samples, job.args.preview)
-    with lock_work_dir(job.work_dir):
-        known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
-        progress = generate_missing(job, launch, samples, known)
-        known = read_journals(job.work_dir, job.settings)
-    shown = [sample for sample in samples if sample.index in known]
-    if not shown:
-        raise RunError("no valid dialogue for any sample; try another --model")
-    lines = [annotation_line(sample, known[sample.index]) for sample in shown]
-    page = job.output.with_name(job.output.name + ".preview.html")
-    summary = summarize(job.plan, lines, count_late_frames(job.plan))
-    total = len(job.plan.samples)
-    notice = f"A preview of {len(lines)} of {total} dialogues. No dataset yet."
-    write_page(page, job, lines, summary, notice)
-    for line in lines:
-        print(
-            f"episode {line['episode_id']}, {line['timestamp']:.2f} s, "
-            f"{line['skill_current']} "
-            f"({line['scenario_type']}, {line['response_type']})\n"
-            f"  person: {line['user_prompt']}\n"
-            f"  robot:  {line['robot_utterance']}\n"
-        )
-    print_rows([*summary, *progress.describe()])
-    if progress.generated:
-        rest = (total - len(known)) * progress.seconds / progress.generated / 60
-        print_rows([("the rest of the job", f"about {rest:.0f} minutes at that speed")])
-    print(f"\nlook at {page}")
 
 
 def load_model(job: Job, launch: Launch, again: bool) -> Pgen:
@@ -4006,6 +3940,33 @@ def load_model(job: Job, launch: Launch, again: bool) -> Pgen:
     return pgen
 
 
+def preview(job: Job, launch: Launch) -> None:
+    """Generate a few samples and show them, on stdout and on a page.
+
+    They go into the journal, from which a run with the same settings takes them over.
+    """
+    samples = draw_samples(job.plan.samples, job.args.preview)
+    with lock_work_dir(job.work_dir):
+        known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
+        progress = generate_missing(job, launch, samples, known)
+        known = read_journals(job.work_dir, job.settings)
+    shown = [sample for sample in samples if sample.index in known]
+    if not shown:
+        raise RunError("no valid dialogue for any sample; try another --model")
+    lines = [annotation_line(sample, known[sample.index]) for sample in shown]
+    page = job.output.with_name(job.output.name + ".preview.html")
+    summary = summarize(job.plan, lines, count_late_frames(job.plan))
+    notice = f"A preview of {len(lines)} of {len(job.plan.samples)} dialogues."
+    write_page(page, job, known, summary, f"{notice} No dataset yet.")
+    for sample, line in zip(shown, lines, strict=True):
+        print(f"{sample.place}, {sample.skill_current}")
+        print(f"  {sample.scenario_type}, {sample.response_type}")
+        print(f"  person: {line['user_prompt']}")
+        print(f"  robot:  {line['robot_utterance']}\n")
+    print_rows([*summary, *progress.describe()])
+    print(f"\nlook at {page}")
+
+
 # ------------------------------------------------------------------------------ report
 # What is said before and after.
 
@@ -4032,19 +3993,17 @@ def print_plan(job: Job) -> None:
     plan = job.plan
     known = read_journals(job.work_dir, job.settings)
     late_share = count_late_frames(plan) / plan.frame_count
-    print_rows(
-        [
-            ("new dataset", job.output),
-            ("episodes", len(plan.episodes)),
-            ("frames", plan.frame_count),
-            ("frames with another skill's dialogue", f"{late_share:.1%}"),
-            ("samples", len(plan.samples)),
-            ("dialogues there already", len(known)),
-            ("scenario types", count_values(x.scenario_type for x in plan.samples)),
-            ("response types", count_values(x.response_type for x in plan.samples)),
-            *describe_settings(job.settings),
-        ]
-    )
+    rows = [
+        ("new dataset", job.output),
+        ("episodes", len(plan.episodes)),
+        ("frames", plan.frame_count),
+        ("frames with another skill's dialogue", f"{late_share:.1%}"),
+        ("samples", len(plan.samples)),
+        ("dialogues there already", len(known)),
+        ("scenario types", count_values(x.scenario_type for x in plan.samples)),
+        ("response types", count_values(x.response_type for x in plan.samples)),
+    ]
+    print_rows([*rows, *describe_settings(job.settings)])
     for sample in {sample.scenario_type: sample for sample in plan.samples}.values():
         print(f"\n----- {sample.place}, {sample.scenario_type} -----\n\n{SYSTEM}")
         for question, answer in sample.examples():
