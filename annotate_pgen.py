@@ -231,20 +231,18 @@ class Example:
 
     picture: str
     task: str
+    user_prompt: str
     history: tuple[str, ...]
     skill: str
-    user_prompt: str
     replies: dict[str, str]
 
 
 def read_examples(text: str) -> dict[str, list[Example]]:
-    """Read the table of examples: blocks of lines, with a name before each colon.
+    """Read the table of examples, by scenario type.
 
-    A block without a scenario has that of the one before it. What is not picture, task,
-    history, skill or person is the reply of that response type.
-
-    Returns:
-        The examples of each scenario type.
+    A block is an example: lines with a name before a colon. Without a scenario it has
+    that of the block before. The last of its steps is the skill. What is not picture,
+    task, steps or person is the reply of that response type.
     """
     table: dict[str, list[Example]] = {}
     scenario = ""
@@ -252,14 +250,9 @@ def read_examples(text: str) -> dict[str, list[Example]]:
         try:
             fields = dict(line.split(": ", 1) for line in block.splitlines())
             scenario = fields.pop("scenario", scenario)
-            example = Example(
-                picture=fields.pop("picture"),
-                task=fields.pop("task"),
-                history=tuple(filter(None, fields.pop("history", "").split("; "))),
-                skill=fields.pop("skill"),
-                user_prompt=fields.pop("person"),
-                replies=fields,
-            )
+            told = [fields.pop(name) for name in ("picture", "task", "person", "steps")]
+            *history, skill = told.pop().split("; ")
+            example = Example(*told, tuple(history), skill, fields)
         except (KeyError, ValueError) as error:
             # It is found before main has begun.
             line = block.strip().split("\n")[0]
@@ -274,48 +267,43 @@ EXAMPLE_TABLE = """
 scenario: specific_object
 picture: a chessboard, the gripper open above the white knight
 task: play a game of chess
-history: reach over the chessboard
-skill: grasp the white knight
+steps: reach over the chessboard; grasp the white knight
 person: Can you grab the white knight?
 confirmation: Sure, I'll grab it.
 acknowledgment: Got it, grabbing the white knight.
 
 picture: a snowman in the sun, a scarf in the gripper
 task: put the scarf on the snowman
-skill: put the scarf on the snowman
+steps: put the scarf on the snowman
 person: Could you put the scarf on the snowman, please?
 confirmation: Of course, I'll put the scarf on the snowman.
 acknowledgment: On it, the scarf is going on the snowman.
 
 picture: a ukulele on its peg, the left hand around its neck
 task: put the ukulele away
-history: carry the ukulele to its peg; hang up the ukulele
-skill: release the ukulele
-person: Nice, I think it's safe up there. You can let go of the ukulele.
+steps: carry the ukulele to its peg; hang up the ukulele; release the ukulele
+person: Nice, it's safe up there. You can let go of the ukulele.
 confirmation: Okay, I'll let go of the ukulele.
 acknowledgment: Got it, letting go of the ukulele.
 
 scenario: negative_task
 picture: a green and a white pumpkin, a wheelbarrow behind them
 task: bring in the pumpkins
-history: push the wheelbarrow to the field
-skill: lift the white pumpkin into the wheelbarrow
+steps: fetch the wheelbarrow; lift the white pumpkin into the wheelbarrow
 person: Leave the green pumpkin, just put the white one into the wheelbarrow.
 acknowledgment: Got it, the white one goes into the wheelbarrow.
 constraint_acknowledgment: I'll leave the green one and put the white pumpkin in.
 
 picture: a white rabbit on a ladder, both hands at the ladder's rails
 task: help the rabbit down
-history: lean the ladder against the roof
-skill: hold the ladder
+steps: lean the ladder against the roof; hold the ladder
 person: Don't let go yet, the rabbit is still up there. Keep holding the ladder.
 acknowledgment: Okay, I'm holding the ladder.
 constraint_acknowledgment: I won't let go, I'll hold the ladder for the rabbit.
 
 picture: an aquarium with a snail and a goldfish, a fishing net in the gripper
 task: clean the aquarium
-history: dip the fishing net into the aquarium
-skill: robot scoops up goldfish with fishing net
+steps: reach into the aquarium; robot scoops up goldfish with fishing net
 person: The snail can stay in there, just scoop up the goldfish with the net.
 acknowledgment: Alright, scooping up the goldfish.
 constraint_acknowledgment: Sure, I'll leave the snail and scoop up the goldfish.
@@ -323,24 +311,21 @@ constraint_acknowledgment: Sure, I'll leave the snail and scoop up the goldfish.
 scenario: situated_correction
 picture: a scoop of birdseed in the gripper, a feeder to the left of it
 task: feed the sparrows
-history: fill the scoop with birdseed
-skill: move the scoop over the feeder
+steps: fill the scoop with birdseed; move the scoop over the feeder
 person: Good, the scoop is full. Now move it over the feeder.
 confirmation: Okay, I'll move the scoop over the feeder.
 clarification: Okay, I'll move the scoop right over the feeder.
 
 picture: a blue flag halfway up its mast, the hand below it
 task: raise the flag
-history: tie the flag to the mast; pull the flag off the ground
-skill: pull the flag up to the top
+steps: tie the flag to the mast; lift the flag; pull the flag up to the top
 person: It's only halfway up, so pull the flag to the top.
 confirmation: Sure, I'll pull it to the top.
 clarification: Sure, I'll pull it all the way up to the top.
 
 picture: a parrot eating in its birdcage, the arm reaching inside
 task: feed the parrot
-history: open the birdcage; give the parrot its seeds
-skill: retract the arm from the birdcage
+steps: open the birdcage; give the parrot its seeds; retract the arm from the birdcage
 person: Nice, the parrot is eating. You can take your arm out of the birdcage.
 confirmation: Okay, I'll take my arm out.
 clarification: Then I'll take my arm out of the birdcage.
@@ -348,24 +333,21 @@ clarification: Then I'll take my arm out of the birdcage.
 scenario: implicit_request
 picture: a campfire burning low, a log in the gripper
 task: keep the campfire going
-history: pick up a log
-skill: place the log on the campfire
+steps: pick up a log; place the log on the campfire
 person: It's burning low, could you put the log on the campfire?
 clarification: Right, I'll put the log on the campfire.
 acknowledgment: Got it, putting the log on the campfire.
 
 picture: a stroller in the sun, its canopy folded back, the hand on it
 task: get the stroller ready
-history: unfold the stroller; reach for the canopy
-skill: pull the canopy over the stroller
+steps: unfold the stroller; reach for the canopy; pull the canopy over the stroller
 person: The sun is right on the stroller, could you get the canopy over it?
 clarification: Sure, I'll pull the canopy over the stroller so that it's out of the sun.
 acknowledgment: On it, pulling the canopy over the stroller.
 
-picture: a puppy at a meadow, the hand on its leash
+picture: a puppy on a meadow, the hand on its leash
 task: walk the puppy
-history: bring the puppy to the meadow; reach for the leash
-skill: remove the leash from the puppy
+steps: bring the puppy outside; reach for the leash; remove the leash from the puppy
 person: There's nobody around, so you can take the leash off the puppy.
 clarification: Okay, then I'll take the leash off the puppy.
 acknowledgment: Alright, I'm taking the leash off the puppy.
@@ -373,23 +355,21 @@ acknowledgment: Alright, I'm taking the leash off the puppy.
 scenario: constraint_based
 picture: a violin on a sofa, its bow to the right of it, both hands free
 task: put the violin away
-skill: pick up the violin with the left hand
+steps: pick up the violin with the left hand
 person: Pick up the violin with your left hand, the bow is in the way on the right.
 confirmation: Sure, I'll pick up the violin with my left hand.
 constraint_acknowledgment: Sure, I'll use my left hand and pick up the violin.
 
 picture: an empty rowboat at a jetty, a paddle in the gripper
 task: get the rowboat ready
-history: pull the rowboat to the jetty; pick up the paddle
-skill: lay the paddle along the left side of the rowboat
+steps: pull in the rowboat; pick up the paddle; lay the paddle along the left side
 person: Good, you've got the paddle. Lay it along the left side of the boat.
 confirmation: Okay, I'll lay it along the left side.
 constraint_acknowledgment: Okay, I'll lay the paddle right along the left side.
 
 picture: three beehives in a row, all closed, the arm above them
 task: check the beehives
-history: move the arm over the beehives
-skill: robot arm opens middle beehive
+steps: move the arm over the beehives; robot arm opens middle beehive
 person: Open just the middle beehive, the outer two can stay closed.
 confirmation: Sure, I'll open the middle beehive.
 constraint_acknowledgment: Sure, I'll only open the middle beehive.
@@ -451,9 +431,8 @@ def choose_examples(scenario: str = "", response: str = "", draw: int = 0) -> Tu
     step = max(1, len(pool) // (EXAMPLE_COUNT + 1))
     turns = []
     for x in (pool[start:] + pool[:start])[::step][:EXAMPLE_COUNT]:
-        question = construct_prompt(
-            x.task, x.history, x.skill, scenario, response, x.picture
-        )
+        told = (x.task, x.history, x.skill, scenario, response, x.picture)
+        question = construct_prompt(*told)
         reply = x.replies[response or next(iter(x.replies))]
         answer = {"user_prompt": x.user_prompt, "robot_utterance": reply}
         turns.append((question, json.dumps(answer, ensure_ascii=False)))
@@ -504,21 +483,11 @@ def check_prompt() -> None:
 
 def prompt_settings() -> Settings:
     """All that is asked, as it is recorded in a dataset and compared on resuming."""
-    examples = {}
-    for scenario, pool in EXAMPLES.items():
-        examples[scenario] = [asdict(example) for example in pool]
-    return {
-        "SYSTEM": SYSTEM,
-        "PROMPT": PROMPT,
-        # Types are dealt by their order, so that it counts.
-        "SCENARIO_TYPES": list(SCENARIO_TYPES.items()),
-        "RESPONSE_TYPES": list(RESPONSE_TYPES.items()),
-        "EXAMPLES": examples,
-        "counts": [HISTORY_LENGTH, EXAMPLE_COUNT],
-        "PREFILL": PREFILL,
-        "sampling": [TOP_P, TOP_K],
-        "VERIFY_PROMPT": VERIFY_PROMPT,
-    }
+    names = (
+        "SYSTEM SCENARIO_TYPES RESPONSE_TYPES PROMPT EXAMPLES EXAMPLE_COUNT PREFILL "
+    )
+    names += "HISTORY_LENGTH TOP_P TOP_K VERIFY_PROMPT"
+    return {name: repr(globals()[name]) for name in names.split()}
 
 
 # ------------------------------------------------------------------------------ source
@@ -658,24 +627,20 @@ def read_source(dataset: Any) -> Source:
     if dataset is not meta and dataset.episodes is not None:
         wanted &= set(dataset.episodes)
     if not wanted or not table.index.is_unique:
-        raise InputError(
-            f"{root}/meta/episodes: has no episodes, or one twice; mend it"
-        )
+        raise InputError(f"{root}/meta/episodes: has none, or one twice; mend it")
     for key in meta.video_keys:
         for path in sorted(set(find_videos(meta, table, key, wanted).values())):
             check_file(path)
     # LeRobot's converters name wrong data files now and then, and LeRobot reads all of
     # them: which episode a frame is of stands in the files themselves.
     data_files = sorted(root.glob("data/*/*.parquet"))
-    episodes: dict[int, EpisodeFrames] = {}
-    first_index = 0
+    parts = []
     for path in data_files:
-        for episode in read_data_file(path, first_index, table["length"]):
-            if episode.episode_index in episodes:
-                raise InputError(f"{path}: has episode {episode.episode_index} again")
-            if episode.episode_index in wanted:
-                episodes[episode.episode_index] = episode
-            first_index += len(episode.frames)
+        check_file(path)
+        part = read_columns(path, FRAME_COLUMNS)
+        check_not_annotated(path)
+        parts.append(part.assign(path=path, row=range(len(part))))
+    episodes = find_episodes(pd.concat(parts), table.loc[sorted(wanted), "length"])
     missing = sorted(wanted - set(episodes))
     if missing:
         raise InputError(f"{root}/data: lacks episode {name_some(missing)}; restore it")
@@ -683,23 +648,30 @@ def read_source(dataset: Any) -> Source:
     return Source(meta, root, float(meta.fps), table, tasks, data_files, episodes)
 
 
-def read_data_file(path: Path, first: int, lengths: Any) -> Iterator[EpisodeFrames]:
-    """Read the episodes of a data file, whose first frame has this index."""
-    check_file(path)
-    frames = read_columns(path, FRAME_COLUMNS)
-    if frames.isna().any(axis=None):
-        raise InputError(f"{path}: {FRAME_COLUMNS} hold nulls; restore the file")
-    check_not_annotated(path)
-    numbers = frames["episode_index"].to_numpy()
-    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1)).tolist()
-    for start, end in pairwise([*starts, len(frames)]):
-        index = int(numbers[start])
-        if lengths.get(index) != end - start:
+def find_episodes(frames: pd.DataFrame, lengths: pd.Series) -> dict[int, EpisodeFrames]:
+    """Find the frames of each episode that has a length, by index, in dataset order."""
+    frames = frames.reset_index(drop=True)
+    episodes = {}
+    for index, part in frames.groupby("episode_index", sort=False):
+        if index not in lengths.index:
+            continue
+        first = part.iloc[0]
+        path = first["path"]
+        is_together = part.index[-1] - part.index[0] == len(part) - 1
+        if (
+            len(part) != lengths[index]
+            or not is_together
+            or part["path"].iloc[-1] != path
+        ):
             raise InputError(
-                f"{path}: has {end - start} frames of episode {index} together, where "
-                f"meta/episodes says {lengths.get(index)}; restore the files"
+                f"{path}: has not all frames of episode {index} together: there are "
+                f"{len(part)}, and {lengths[index]} in meta/episodes; restore the files"
             )
-        yield EpisodeFrames(index, path, start, first + start, frames.iloc[start:end])
+        if part.isna().any(axis=None):
+            raise InputError(f"{path}: {FRAME_COLUMNS} hold nulls; restore the file")
+        place = (path, int(first["row"]), int(part.index[0]))
+        episodes[int(index)] = EpisodeFrames(int(index), *place, part)
+    return episodes
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -780,10 +752,8 @@ def choose_cameras(source: Source, count: int, keys: Sequence[str] | None) -> li
             cameras.append(key)
     wanted = list(dict.fromkeys(keys or cameras[:count]))
     if not set(wanted) <= set(cameras) or not (keys or len(wanted) == count):
-        raise InputError(
-            f"--camera-keys {name_some(keys or ())}, --num-image-views-per-sample "
-            f"{count}: choose from the colour cameras: {name_some(cameras) or None}"
-        )
+        flags = "--camera-keys or --num-image-views-per-sample"
+        raise InputError(f"{flags}: choose from the cameras {name_some(cameras)}")
     return wanted
 
 
@@ -871,9 +841,7 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
             states.append(f"{name}: {len(found)} episodes")
         except Exception as error:
             # Another form may be whole; if none is, this is part of the answer.
-            states.append(
-                f"{name}: {error!r}" if not error.args else f"{name}: {error}"
-            )
+            states.append(f"{name}: {error}")
             damaged = True
     # The fullest form, and the first of those that have as many episodes.
     name = max(forms, key=lambda form: len(forms[form]), default="")
@@ -964,26 +932,25 @@ def leave_out_late_skills(
     late = []
     only_last = True
     for index, episode in found.items():
-        length = source.seconds(index)
-        end = length - TIME_TOLERANCE / source.fps
+        end = source.seconds(index) - TIME_TOLERANCE / source.fps
         in_time = tuple(skill for skill in episode.skills if skill.start < end)
         kept[index] = replace(episode, skills=in_time)
-        for skill in episode.skills[len(in_time) :][:1]:
-            late.append(
-                f"episode {index} lasts {length:g} s, and {skill.name!r:.60} starts at "
-                f"{skill.start:g} s"
-            )
+        if len(in_time) < len(episode.skills):
+            late.append((index, episode.skills[len(in_time)]))
             only_last &= 0 < len(in_time) == len(episode.skills) - 1
+    if not late:
+        return kept
+    index, skill = late[0]
+    problem = f"{len(late)} skills start after the end"
+    example = (
+        f"{skill.name!r:.60} at {skill.start:g} s in episode {index}, which lasts "
+    )
+    example += f"{source.seconds(index):g} s"
     allowed = len(found) // 5 if len(found) >= 10 else len(found) - 1
-    if late and (len(late) > allowed or not only_last):
-        raise InputError(
-            f"{source.root}: {form}: skills start after the end in {len(late)} of "
-            f"{len(found)} episodes: {late[0]}; correct the times, which are seconds "
-            "from the episode's first frame"
-        )
-    if late:
-        count = f"{len(late)} skills start after the end and are left out"
-        notes.append(f"{count}: {late[0]}")
+    if len(late) > allowed or not only_last:
+        remedy = "correct the times, which are seconds from the episode's first frame"
+        raise InputError(f"{source.root}: {form}: {problem}: {example}; {remedy}")
+    notes.append(f"{problem} and are left out: {example}")
     return kept
 
 
@@ -1174,13 +1141,8 @@ class Sample:
     @property
     def prompt(self) -> str:
         """What the model is asked."""
-        return construct_prompt(
-            task=self.task_description,
-            history=self.skill_history,
-            skill=self.skill_current,
-            scenario_type=self.scenario_type,
-            response_type=self.response_type,
-        )
+        told = (self.task_description, self.skill_history, self.skill_current)
+        return construct_prompt(*told, self.scenario_type, self.response_type)
 
     def examples(self, tries: int = 0) -> Turns:
         """The earlier turns of the chat, others with each try."""
@@ -1302,10 +1264,8 @@ def make_plan(
     episodes = []
     for index in source.episodes:
         known = skill_source.episodes[index]
-        samples = plan_episode(
-            source, index, known, dealer, sample_interval, align_skills
-        )
-        episodes.append(samples)
+        grid = (sample_interval, align_skills)
+        episodes.append(plan_episode(source, index, known, dealer, *grid))
     notes = [*skill_source.notes, *find_video_overlaps(source, cameras)]
     plan = Plan(episodes, cameras, source, skill_source, tuple(notes))
     check_images(plan)
@@ -1331,10 +1291,8 @@ def plan_episode(
     timestamps = columns["timestamp"]
     seconds = timestamps.astype("float64") - float(timestamps[0])
     if not (np.diff(seconds, append=math.inf) >= 0).all():
-        raise InputError(
-            f"{episode.path}: the timestamps of episode {episode_index} run backwards "
-            "or are not finite; correct them"
-        )
+        problem = f"the timestamps of episode {episode_index} do not run forwards"
+        raise InputError(f"{episode.path}: {problem}; correct them")
     on_time = seconds + TIME_TOLERANCE / source.fps
     starts = np.array([skill.start for skill in known.skills])
     numbers = np.searchsorted(starts, on_time, "right").astype("int32") - 1
@@ -1476,9 +1434,8 @@ def find_places(plan: Plan, samples: Sequence[Sample], camera_key: str) -> list[
         length = ends[sample.episode_id] - start
         if not -slack <= sample.timestamp <= length + slack:
             raise InputError(
-                f"{source.root}: {sample.place} at {sample.timestamp} s is outside the "
-                f"episode's part of {camera_key}, of {length:g} s; correct the "
-                "timestamps in data/ or in meta/episodes"
+                f"{source.root}: {sample.place} at {sample.timestamp} s is outside its "
+                f"{length:g} s of {camera_key}; correct data/ or meta/episodes"
             )
         places.append((paths[sample.episode_id], start + sample.timestamp))
     return places
@@ -1495,11 +1452,10 @@ def find_video_overlaps(source: Source, camera_keys: Sequence[str]) -> list[str]
         ends = rows.groupby("path")[f"videos/{key}/to_timestamp"].shift()
         early = rows.index[begins < ends - (1 - TIME_TOLERANCE) / source.fps]
         if len(early):
-            notes.append(
-                f"{key}: by meta/episodes, {len(early)} episodes begin before the one "
-                "before them in the video has ended, and show its last images, in "
-                f"LeRobot too: {name_some(early)}"
+            problem = (
+                "by meta/episodes, and in LeRobot, these begin with another's images"
             )
+            notes.append(f"{key}: {problem}: {name_some(early)}")
     return notes
 
 
@@ -1545,10 +1501,8 @@ def check_images(plan: Plan) -> None:
         images = read_images(plan, camera_key, last.items())
         for path, image in zip(last, images, strict=True):
             if image is None:
-                raise InputError(
-                    f"{path}: the last image needed of {camera_key} cannot be decoded; "
-                    "restore the file"
-                )
+                problem = f"the last image needed of {camera_key} cannot be decoded"
+                raise InputError(f"{path}: {problem}; restore the file")
 
 
 # ----------------------------------------------------------------------------- answers
@@ -1627,8 +1581,12 @@ def check_dialogue(dialogue: Dialogue | None, sample: Sample) -> str:
     for phrase in map(plain_words, NARRATION):
         if f" {phrase} " in f" {plain_words(both)} " and phrase not in told:
             return "it tells of the person or the robot"
-    if robot_words() & set(plain_words(user_prompt).split()):
-        return "the person speaks as the robot"
+    for sentence in SENTENCE.findall(user_prompt):
+        said = set(plain_words(sentence).split())
+        is_robots = said & own_words(of_robot=True) and not said & own_words(False)
+        # "I'd like a hand" is fine, and "I need to lift it" is not.
+        if is_robots and stems(sentence) & stems(skill):
+            return "the person speaks as the robot"
     if any(label in both for label in re.findall(r"\w[\w ]+:", PROMPT)):
         return "it repeats the prompt"
     if (stems(both) & example_stems()) - stems(told):
@@ -1666,15 +1624,17 @@ def example_stems() -> set[str]:
 
 
 @cache
-def robot_words() -> set[str]:
-    """Words that half of the examples' replies have and no user prompt, as in I'll."""
+def own_words(of_robot: bool) -> set[str]:
+    """Words that in the examples only the robot says, as I, or the person, as you."""
     examples = [example for pool in EXAMPLES.values() for example in pool]
-    replies = [reply for example in examples for reply in example.replies.values()]
-    asked = plain_words(" ".join(example.user_prompt for example in examples))
-    counts = Counter(word for x in replies for word in {*plain_words(x).split()})
-    half = max(4, len(replies) / 2)
-    common = {word for word, count in counts.items() if count >= half}
-    return common - set(asked.split())
+    replies = " | ".join(reply for x in examples for reply in x.replies.values())
+    prompts = " | ".join(x.user_prompt for x in examples)
+    own, others = (replies, prompts) if of_robot else (prompts, replies)
+    texts = [set(plain_words(text).split()) for text in own.split(" | ")]
+    counts = Counter(word for words in texts for word in words)
+    third = max(4, len(texts) / 3)
+    common = {word for word, count in counts.items() if count >= third}
+    return common - set(plain_words(others).split())
 
 
 def points_elsewhere(text: str, sample: Sample) -> bool:
@@ -2000,11 +1960,8 @@ class QwenPgen:
             inputs = self.tokenizer(list(texts), padding=True, return_tensors="pt")
         with torch.inference_mode():
             # The padding is on the left, so the last position is that of the answer.
-            return self.model(
-                input_ids=inputs["input_ids"].to(self.model.device),
-                attention_mask=inputs["attention_mask"].to(self.model.device),
-                logits_to_keep=1,
-            ).logits[:, -1]
+            inputs = inputs.to(self.model.device)
+            return self.model(**inputs, logits_to_keep=1).logits[:, -1]
 
 
 def without_markers(text: str) -> str:
@@ -2037,8 +1994,6 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 SERVER_PATIENCE = 600.0  # Seconds without any answer, after which the run ends.
 ANSWER_TIMEOUT = 120.0  # Seconds for an answer; more where the server is only busy.
 LONGEST_PAUSE = 15.0  # Seconds before a failed request is sent again.
-# What requests are without, where a server does not take all of it.
-LEFT_OUT = ("nothing", "the fields of vLLM", "the fields of vLLM and response_format")
 
 DIALOGUE_KEYS = ["user_prompt", "robot_utterance"]
 DIALOGUE_SCHEMA = {
@@ -2055,10 +2010,14 @@ class Server:
 
     url: str
     client: openai.OpenAI
-    left_out: int = 0  # Which of LEFT_OUT holds for its requests.
+    left_out: int = 0  # 1: the fields of vLLM are not sent; 2: nor response_format.
     under_way: int = 0
     rests_until: float = 0.0
     answered_at: float = 0.0
+
+    def load(self) -> tuple[bool, int]:
+        """What makes another server the better choice."""
+        return self.rests_until > time.monotonic(), self.under_way
 
 
 class ServerPgen:
@@ -2092,8 +2051,6 @@ class ServerPgen:
         self.temperature = temperature
         self.seed = seed
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
-        if not re.fullmatch("[!-~]*", self.key):
-            raise InputError(f"{KEY_VARIABLE}: is no key; set it again")
         # What the threads of the requests share is changed under this lock.
         self.lock = threading.Lock()
         self.timeout = ANSWER_TIMEOUT
@@ -2107,9 +2064,9 @@ class ServerPgen:
             with errors_as(InputError, f"--server {url}", "correct it, or the proxy"):
                 key = self.key or "EMPTY"
                 client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
-            self.servers.append(Server(url.rstrip("/"), client))
-        for server in self.servers:
+            server = Server(url.rstrip("/"), client)
             model = self.find_model(server, model)
+            self.servers.append(server)
         self.model = str(model)
 
     def find_model(self, server: Server, model: str | None) -> str:
@@ -2146,7 +2103,7 @@ class ServerPgen:
         drawn = [Image.new("RGB", (448, 448), (90, 130, 170))] * view_count
         for server in self.servers:
             self.answered = None
-            for left_out, tries in product(range(len(LEFT_OUT)), range(3)):
+            for left_out, tries in product(range(3), range(3)):
                 server.left_out = left_out
                 messages = self.prepare(drawn, sample.prompt, sample.examples(tries))
                 answer = self.ask(messages, tries, servers=[server])
@@ -2162,7 +2119,7 @@ class ServerPgen:
                     "sees images, has room for the prompt and does not think first"
                 )
             if server.left_out:
-                say(f"{server.url}: requests are without {LEFT_OUT[server.left_out]}")
+                say(f"{server.url}: takes no fields of vLLM (level {server.left_out})")
 
     def prepare(
         self, images: Sequence[Image.Image], prompt: str, examples: Turns = ()
@@ -2213,7 +2170,9 @@ class ServerPgen:
 
         began = time.monotonic()
         for failures in count(1):
-            server = self.take_server(servers or self.servers)
+            with self.lock:
+                server = min(servers or self.servers, key=Server.load)
+                server.under_way += 1
             sent = time.monotonic()
             failure: Exception
             try:
@@ -2267,15 +2226,6 @@ class ServerPgen:
         except (openai.APIError, ValueError):
             return False
 
-    def take_server(self, servers: Sequence[Server]) -> Server:
-        """The server with the fewest requests under way that has not just failed."""
-        with self.lock:
-            now = time.monotonic()
-            ready = [server for server in servers if server.rests_until <= now]
-            server = min(ready or servers, key=lambda server: server.under_way)
-            server.under_way += 1
-        return server
-
     def post(
         self,
         server: Server,
@@ -2290,26 +2240,22 @@ class ServerPgen:
         import openai
 
         unset: Any = openai.NOT_GIVEN
+        # One token is the letter of a skill, for --verify.
+        is_letter = max_tokens == 1
         temperature = retry_temperature(self.temperature, tries)
         schema = {"name": "dialogue", "strict": True, "schema": DIALOGUE_SCHEMA}
-        response_format: Any = {"type": "json_schema", "json_schema": schema}
-        if server.left_out > 1:
-            response_format = unset
-        # One token is the letter of a skill, for --verify.
-        if max_tokens == 1:
-            temperature = 0.0
-            response_format = unset
+        form: Any = {"type": "json_schema", "json_schema": schema}
         thinking = {"enable_thinking": False}
         own = {"top_k": TOP_K or -1, "chat_template_kwargs": thinking}
         seed = random.Random(f"{self.seed} {tries} {messages}").getrandbits(31)
         completion = server.client.chat.completions.create(
             model=self.model,
             messages=messages,
-            temperature=temperature,
+            temperature=0.0 if is_letter else temperature,
             top_p=TOP_P,
             max_tokens=max_tokens,
             seed=unset if self.seed is None else seed,
-            response_format=response_format,
+            response_format=unset if is_letter or server.left_out > 1 else form,
             extra_body={} if server.left_out else own,
             timeout=self.timeout,
         )
@@ -2345,8 +2291,6 @@ def retry_after(error: Exception) -> float:
 
 # So many samples that all fail mean that the rest will fail, too.
 HOPELESS = 20
-LINE_FIELDS = ("episode_id", "frame_index", "timestamp", "skill_current")
-LINE_FIELDS += ("skill_history", "task_description", "scenario_type", "response_type")
 NO_IMAGE = "an image cannot be decoded"
 
 
@@ -2358,7 +2302,7 @@ class Request:
     views: Sequence[Image.Image] | None  # RGB; None if one could not be decoded.
     prepared: Any = None  # What pgen.prepare made of them.
     tries: int = 0  # How many answers were not good enough so far.
-    dialogue: Dialogue | None = None  # The last answer, if it was one.
+    dialogue: Any = None  # The last answer, if it was a Dialogue.
     fault: str = ""  # What was wrong with it.
     fallback: Dialogue | None = None  # Its only fault is the verdict of --verify.
 
@@ -2406,7 +2350,8 @@ def annotate_sample(pgen: Pgen, images: Sequence[Image.Image], sample: Sample) -
 
 def annotation_line(sample: Sample, dialogue: Dialogue) -> Line:
     """A line of syn_annotations.jsonl, without the row of the table of tasks."""
-    line = {name: getattr(sample, name) for name in LINE_FIELDS}
+    line = asdict(sample)
+    del line["index"], line["episode_skills"]
     line.update(dialogue)
     return line
 
@@ -2522,15 +2467,11 @@ class Annotator:
 
     def verify_answers(self, requests: Sequence[Request]) -> None:
         """Ask the model which skill each user prompt leads to."""
-        pairs = []
-        judged = []
-        for request in requests:
-            # The only skill of an episode needs no question.
-            if request.dialogue and len(request.sample.episode_skills) > 1:
-                judged.append(request)
-                pairs.append((request.sample, request.dialogue["user_prompt"]))
+        # The only skill of an episode needs no question.
+        judged = [x for x in requests if len(x.sample.episode_skills) > 1]
+        pairs = [(x.sample, x.dialogue["user_prompt"]) for x in judged]
         for request, is_right in zip(judged, self.recovers(pairs), strict=True):
-            request.dialogue = dict(request.dialogue or {}, skill_recovered=is_right)
+            request.dialogue["skill_recovered"] = is_right
             if not is_right:
                 request.fault = "--verify takes it for another skill"
                 request.fallback = request.dialogue
@@ -2672,9 +2613,7 @@ class Journal:
     def add(self, dialogues: Dialogues) -> None:
         """Write dialogues, given by the index of their frame."""
         # Start on a new line: a crash may have torn the last one.
-        lines = [
-            json_line(dict(dialogue, index=i)) for i, dialogue in dialogues.items()
-        ]
+        lines = [json_line(dict(x, index=i)) for i, x in dialogues.items()]
         content = ("\n" + "".join(lines)).encode()
         with errors_as(RunError, self.failure, DISK_REMEDY):
             if self.file.write(content) != len(content):
@@ -2748,20 +2687,13 @@ def lock_work_dir(work_dir: Path) -> Iterator[None]:
 
 def take_up_work(work_dir: Path, settings: Settings, overwrite: bool) -> Dialogues:
     """Read the dialogues that an interrupted run with the same settings has left."""
-    others = find_other_journals(work_dir, settings)
-    if others and not overwrite:
-        raise other_settings(work_dir / "run.json", settings)
-    for path in others:
+    own = set(work_dir.glob(journal_name(settings, "*")))
+    for path in sorted(set(work_dir.glob("dialogues-*.jsonl")) - own):
+        if path.stat().st_size and not overwrite:
+            raise other_settings(work_dir / "run.json", settings)
         path.unlink()
     write_text(work_dir / "run.json", json.dumps({"settings": settings}, indent=4))
     return read_journals(work_dir, settings)
-
-
-def find_other_journals(work_dir: Path, settings: Settings) -> list[Path]:
-    """The journals of unfinished work with other settings."""
-    own = set(work_dir.glob(journal_name(settings, "*")))
-    others = sorted(set(work_dir.glob("dialogues-*.jsonl")) - own)
-    return [path for path in others if path.stat().st_size]
 
 
 def remove_work(work_dir: Path) -> None:
@@ -2774,19 +2706,18 @@ def remove_work(work_dir: Path) -> None:
 def read_settings(record: Path) -> dict[str, Any]:
     """The settings that an earlier run has kept in a file; {} if it cannot be read."""
     try:
-        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def other_settings(record: Path, settings: Settings) -> InputError:
     """The error for results that were made with other settings, as a file says."""
     difference = first_difference(read_settings(record), settings)
-    return InputError(
-        f"{record}: made with {difference}; undo the change, name another "
-        "--output-dir, or discard that work with --overwrite"
+    remedy = (
+        "undo the change, name another --output-dir, or discard it with --overwrite"
     )
+    return InputError(f"{record}: made with {difference}; {remedy}")
 
 
 def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -2872,16 +2803,14 @@ def deal_samples(
     A part is a stretch, so that ranks read different files. `again` says whether there
     are dialogues already.
     """
-    parts = []
-    for rank in range(launch.world_size):
-        start = len(samples) * rank // launch.world_size
-        end = len(samples) * (rank + 1) // launch.world_size
-        parts.append(samples[start:end])
-        if rank > 0:
-            indices = [sample.index for sample in parts[rank]]
-            message = {"settings": settings, "again": again, "indices": indices}
-            launch.send(f"part-{rank}", message)
-    return parts[0]
+    bounds = [
+        len(samples) * i // launch.world_size for i in range(launch.world_size + 1)
+    ]
+    for rank in range(1, launch.world_size):
+        indices = [x.index for x in samples[bounds[rank] : bounds[rank + 1]]]
+        message = {"settings": settings, "again": again, "indices": indices}
+        launch.send(f"part-{rank}", message)
+    return samples[: bounds[1]]
 
 
 def run_as_worker(args: argparse.Namespace, launch: Launch) -> None:
@@ -3060,7 +2989,6 @@ def summarize(
     prompts = Counter(line["user_prompt"] for line in annotations)
     pairs = {(line["user_prompt"], line["robot_utterance"]) for line in annotations}
     sentence, count = prompts.most_common(1)[0]
-    questions = sum(x["robot_utterance"].endswith(QUESTION_MARKS) for x in annotations)
     late_share = late_frames / plan.frame_count
     figures = [
         ("dialogues", f"{total:,}"),
@@ -3069,7 +2997,6 @@ def summarize(
         ("different pairs", f"{len(pairs):,} of {total:,}"),
         ("different user prompts", f"{len(prompts):,} of {total:,}"),
         ("most frequent user prompt", f'"{one_line(sentence)}", {count:,} times'),
-        ("replies that end in a question", f"{questions / total:.1%}"),
         ("scenario types", count_values(line["scenario_type"] for line in annotations)),
         ("response types", count_values(line["response_type"] for line in annotations)),
     ]
@@ -3221,7 +3148,7 @@ PAGE = """\
 </dl>
 {% endmacro %}
 {% macro number(skill, style="") %}
-<b class="number color{{ skills[skill] % 10 }}" title="{{ skill }}" style="{{ style }}">
+<b class="number" title="{{ skill }}" style="--skill: {{ skills[skill] }}; {{ style }}">
   {{- skills[skill] + 1 -}}
 </b>
 {% endmacro %}
@@ -3336,12 +3263,8 @@ h3 { font-size: 1rem; grid-column: 1 / -1; }
 .strip .number { position: absolute; padding: 0; min-width: 0; overflow: hidden; }
 .strip i { position: absolute; bottom: .2rem; height: .5rem; border-left: 2px solid; }
 .number { display: inline-block; min-width: 1.35rem; padding: 0 .25rem; color: #15181b;
+  background: hsl(calc(137deg * var(--skill)) 60% 78%);
   border-radius: .35rem; font-size: .8rem; text-align: center; }
-.color0 { background: #9cc3ee; } .color1 { background: #f3bd7f; }
-.color2 { background: #9fd6a4; } .color3 { background: #eaa5b4; }
-.color4 { background: #c3b2ea; } .color5 { background: #e6d67a; }
-.color6 { background: #86d3d0; } .color7 { background: #d9b596; }
-.color8 { background: #b9c1cb; } .color9 { background: #e3a8e0; }
 #filters { display: flex; flex-wrap: wrap; gap: .75rem 1rem; align-items: end;
   position: sticky; top: 0; padding: .75rem 0; background: var(--page); }
 #filters[hidden], article[hidden] { display: none; }
@@ -3688,10 +3611,7 @@ def push(folder: Path, target: str, private: bool) -> None:
     api = HfApi()
     on_target = partial(ask_hub, repo_id=target, repo_type="dataset")
     tag = read_json(folder / "meta" / "info.json")["codebase_version"]
-    remedy = (
-        f"the dataset is safe in {folder}, and the same command, without --overwrite, "
-        "only uploads"
-    )
+    remedy = f"{folder} is safe, and the same command without --overwrite only uploads"
     with errors_as(RunError, f"--push-to-hub: {target}", remedy):
         on_target(api.create_repo, private=private or None, exist_ok=True)
         on_target(
@@ -4014,11 +3934,6 @@ def print_plan(job: Job) -> None:
             f"\nnote: {late_share:.1%} of frames would carry the dialogue of another "
             "skill: add --align-skills, or lower --sample-interval"
         )
-    record = job.output / RECORD
-    if is_finished(job.output) and read_settings(record) != job.settings:
-        print(f"\nnote: {other_settings(record, job.settings)}")
-    if find_other_journals(job.work_dir, job.settings):
-        print(f"\nnote: {other_settings(job.work_dir / 'run.json', job.settings)}")
 
 
 def print_summary(job: Job, results: Results, progress: Progress) -> None:
@@ -4072,9 +3987,7 @@ def make_parser() -> ArgumentParser:
         "--align-skills", action="store_true", help="start the grid anew at each skill"
     )
     data.add_argument(
-        "--task-as-skill",
-        action="store_true",
-        help="let the task count as the skill of an episode without skills",
+        "--task-as-skill", action="store_true", help="the task for lack of skills"
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -4104,9 +4017,7 @@ def make_parser() -> ArgumentParser:
         f"out; with --server requests under way, else {DEFAULT_REQUESTS}",
     )
     generation.add_argument(
-        "--verify",
-        action="store_true",
-        help="ask again where the model takes a user prompt for another skill",
+        "--verify", action="store_true", help="let the model judge which skill is meant"
     )
     generation.add_argument(
         "--seed", type=int, help="of all random choices; sent to servers if given"
@@ -4114,9 +4025,7 @@ def make_parser() -> ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", type=Path, help=f"else <source>{SUFFIX}")
     output.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="discard a finished output, and unfinished work with other settings",
+        "--overwrite", action="store_true", help="discard what other settings have made"
     )
     output.add_argument("--push-to-hub", action="store_true", help="upload the result")
     output.add_argument("--new-repo-id", metavar="USER/NAME", help="where to")
@@ -4143,6 +4052,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.model = DEFAULT_MODEL
     if args.batch_size is None:
         args.batch_size = DEFAULT_REQUESTS if args.server else DEFAULT_BATCH_SIZE
+    views = args.num_image_views_per_sample
     target = args.new_repo_id or ""
     is_source = target.lower() == str(args.repo_id).lower()
     rules = [
@@ -4152,10 +4062,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (not is_source, "--new-repo-id: is the source; name another"),
         (target or args.repo_id or not args.push_to_hub, "--new-repo-id: is missing"),
         (not (args.revision and args.data_dir), "--revision: not beside --data-dir"),
-        (
-            args.num_image_views_per_sample > 0,
-            "--num-image-views-per-sample: 1 or more",
-        ),
+        (views > 0, "--num-image-views-per-sample: must be 1 or more"),
         (0 < args.sample_interval < math.inf, "--sample-interval: must be positive"),
         (0 <= args.temperature < math.inf, "--temperature: must be 0 or more"),
         (args.batch_size > 0, "--batch-size: must be 1 or more"),
@@ -4189,14 +4096,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 bad input, 1 failed on the way with the work kept,
         130 or 143 interrupted.
     """
-    # One that is closed, as by `>&-`, is None.
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")
     for stream in (sys.stdout, sys.stderr):
         # A terminal may not be able to show a character.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in (sys.argv if argv is None else argv)
     rank = os.environ.get("RANK", "0")
     try:
         args = parse_args(argv)
@@ -4211,7 +4114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, RunError) as error:
         code = 1 if isinstance(error, RunError) else 2
         message = str(error)
-        if debug:
+        if "--debug" in (argv or sys.argv):
             traceback.print_exc()
     except ModuleNotFoundError as error:
         code = 2
@@ -4222,7 +4125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as error:
         code = 128 + (error.args or (signal.SIGINT,))[0]
-        message = "interrupted; the same command goes on from here"
+        message = f"interrupted; {RESUME_REMEDY}"
         if rank != "0":
             # Why a launch ends is said by rank 0, or by the rank that failed.
             return code

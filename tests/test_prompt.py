@@ -175,15 +175,14 @@ GERMAN["EXAMPLES"] = annotate_pgen.read_examples("""
 scenario: bitte
 picture: eine Lampe auf einem Tisch, der Greifer am Schalter
 task: hell machen
-skill: die Lampe einschalten
+steps: die Lampe einschalten
 person: Schalte bitte die Lampe ein.
 zusage: Gut, ich mache die Lampe an.
 
 scenario: statt
 picture: ein Buch und eine Vase, der Greifer am Buch
 task: das Regal leeren
-history: ans Regal fahren; nach dem Buch greifen
-skill: das Buch nehmen
+steps: ans Regal fahren; nach dem Buch greifen; das Buch nehmen
 person: Lass die Vase stehen und nimm das Buch.
 zusage: Ja, ich nehme das Buch.
 """)
@@ -191,7 +190,7 @@ zusage: Ja, ich nehme das Buch.
 
 def forget_words():
     """Count the examples' words anew."""
-    for words_of_examples in ("common_stems", "example_stems", "robot_words"):
+    for words_of_examples in ("common_stems", "example_stems", "own_words"):
         getattr(annotate_pgen, words_of_examples).cache_clear()
 
 
@@ -259,9 +258,10 @@ def test_a_slip_in_the_prompt_is_named_in_one_line(name, edited, named, edit, da
 
 @pytest.mark.parametrize("wrong", ["person Take it.", "persn: Take it.", "", " "])
 def test_a_slip_in_the_table_of_examples_is_named(wrong, capsys):
-    block = "scenario: x\npicture: p\ntask: t\nskill: s\nperson: Up.\nyes: Ok."
+    block = "scenario: x\npicture: p\ntask: t\nsteps: r; s\nperson: Up.\nyes: Ok."
     (example,) = annotate_pgen.read_examples(block)["x"]
     assert (example.user_prompt, example.replies) == ("Up.", {"yes": "Ok."})
+    assert (example.history, example.skill) == (("r",), "s")
     with pytest.raises(SystemExit) as ended:
         annotate_pgen.read_examples(block.replace("person: Up.", wrong))
     assert ended.value.code == 2
@@ -408,6 +408,9 @@ CHECKED = [
     ("English", "Pick it up.", "Okay, pick it up.", "repeats the user prompt"),
     ("English", "Pick it up.", "Okay, I'll pick it up.", NOTHING),
     ("English", "I'll pick it up.", "The brick, okay.", "speaks as the robot"),
+    ("English", "Look. I need to pick it up.", "The brick.", "speaks as the robot"),
+    ("English", "I need you to pick it up.", "The brick, okay.", NOTHING),
+    ("English", "I need it. Pick it up.", "The brick, okay.", NOTHING),
     ("Two steps", f"{TASK}, please.", "The brick, okay.", "whole task"),
     ("Two steps", f"Pick it up: {TASK}.", "The brick, okay.", NOTHING),
     ("German", "Noch nicht legen, nur greifen.", "Ich greife den Stein.", NOTHING),
