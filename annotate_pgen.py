@@ -114,6 +114,7 @@ if TYPE_CHECKING:
     import torch
 
 Turns = Sequence[tuple[str, str]]  # Earlier questions of a chat with their answers.
+Views = Sequence[Image.Image]  # RGB, the cameras' images of one frame.
 Prepared = dict[str, Any]  # What a model is given for a sample.
 Settings = dict[str, Any]  # All that the dialogues depend on.
 Line = dict[str, Any]  # A line of syn_annotations.jsonl.
@@ -139,17 +140,13 @@ class RunError(Exception):
 
 @contextmanager
 def errors_as(
-    kind: type[InputError] | type[RunError],
-    problem: str,
-    remedy: str,
-    errors: type[Exception] | tuple[type[Exception], ...] = Exception,
+    kind: type[Exception], problem: str, remedy: str, errors: Any = Exception
 ) -> Iterator[None]:
     """Report what a library's call raises as one line: its problem and a remedy."""
     try:
         yield
     except errors as error:
-        text = getattr(error, "strerror", None) or str(error) or repr(error)
-        reason = one_line(text).rstrip(".")
+        reason = one_line(str(error)).rstrip(".") or type(error).__name__
         raise kind(f"{problem}: {reason[:500]}; {remedy}") from error
 
 
@@ -634,6 +631,8 @@ def read_source(dataset: Any) -> Source:
     # LeRobot's converters name wrong data files now and then, and LeRobot reads all of
     # them: which episode a frame is of stands in the files themselves.
     data_files = sorted(root.glob("data/*/*.parquet"))
+    if not data_files:
+        raise InputError(f"{root}/data: has no parquet file; restore it")
     parts = []
     for path in data_files:
         check_file(path)
@@ -753,7 +752,7 @@ def choose_cameras(source: Source, count: int, keys: Sequence[str] | None) -> li
     wanted = list(dict.fromkeys(keys or cameras[:count]))
     if not set(wanted) <= set(cameras) or not (keys or len(wanted) == count):
         flags = "--camera-keys or --num-image-views-per-sample"
-        raise InputError(f"{flags}: choose from the cameras {name_some(cameras)}")
+        raise InputError(f"{flags}: choose from colour cameras: {name_some(cameras)}")
     return wanted
 
 
@@ -858,7 +857,7 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
             " and the task counts as the skill of such an episode"
         )
     notes = find_other_version(source) if found and name == SKILLS_FILE else []
-    kept = leave_out_late_skills(source, name, found, notes)
+    kept = leave_out_late(source, name, found, notes)
     for other, theirs in forms.items():
         if other != name and not lacking and len(theirs) == len(found):
             compare_forms(source, name, kept, other, theirs)
@@ -920,9 +919,7 @@ def compare_forms(
                 )
 
 
-def leave_out_late_skills(
-    source: Source, form: str, found: Found, notes: list[str]
-) -> Found:
+def leave_out_late(source: Source, form: str, found: Found, notes: list[str]) -> Found:
     """Leave out skills that start at or after their episode's end, and note how many.
 
     Models that segment videos put a last skill there now and then. Many of them mean
@@ -941,7 +938,7 @@ def leave_out_late_skills(
     if not late:
         return kept
     index, skill = late[0]
-    problem = f"{len(late)} skills start after the end"
+    problem = f"{len(late)} skills start after the end of their episodes"
     example = (
         f"{skill.name!r:.60} at {skill.start:g} s in episode {index}, which lasts "
     )
@@ -986,9 +983,6 @@ def find_other_version(source: Source) -> list[str]:
     episodes = dict(read_json(source.root / SKILLS_FILE)["episodes"])
     note = f"{SKILLS_FILE} may belong to another version of the dataset, from before "
     note += "episodes were deleted and numbered anew: "
-    for index in episodes:
-        if index.isdecimal() and int(index[:9]) not in source.table.index:
-            return [f"{note}the dataset has no episode {index:.20}"]
     off = []
     for index in source.episodes:
         skills = (episodes.get(str(index)) or {}).get("skills") or ()
@@ -1459,9 +1453,7 @@ def find_video_overlaps(source: Source, camera_keys: Sequence[str]) -> list[str]
     return notes
 
 
-def read_images(
-    plan: Plan, camera_key: str, places: Iterable[Place]
-) -> Iterator[Image.Image | None]:
+def read_images(plan: Plan, camera_key: str, places: Iterable[Place]) -> Iterator[Any]:
     """Read the RGB image of a camera at each place; None where it cannot be decoded."""
     is_video = camera_key in plan.source.meta.video_keys
     reader: VideoReader | None = None
@@ -1482,9 +1474,7 @@ def read_images(
             yield None
 
 
-def read_views(
-    plan: Plan, samples: Sequence[Sample]
-) -> Iterator[list[Image.Image] | None]:
+def read_views(plan: Plan, samples: Sequence[Sample]) -> Iterator[Views | None]:
     """The views of each sample, one per camera; None where one cannot be decoded."""
     cameras = []
     for key in plan.camera_keys:
@@ -1696,9 +1686,7 @@ MAX_PIXELS = 448 * 448  # Of an image: 256 tokens for Qwen2-VL, 196 for Qwen3-VL
 MODEL_REMEDY = "check the name, the network, and that it is a Qwen VL model"
 
 
-def make_messages(
-    system: str, turns: Turns, content: list[Any]
-) -> list[dict[str, Any]]:
+def make_messages(system: str, turns: Turns, content: list[Any]) -> list[Any]:
     """A chat: the system's message, earlier turns, the parts of the question."""
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}]
     for question, answer in turns:
@@ -1768,10 +1756,10 @@ class QwenPgen:
         trial = Image.new("RGB", (64, 64))
         remedy = "try another version of transformers, another --dtype or --device"
         with errors_as(InputError, f"{problem} run it", remedy):
-            self.generate([self.prepare([trial], "Hello.")], tries=0, max_new_tokens=1)
+            self.generate([self.prepare([trial], "Hello.")], tries=0, limit=1)
 
     def call_qwen(
-        self, images: Sequence[Image.Image], prompt: str, examples: Turns | None = None
+        self, images: Views, prompt: str, examples: Turns | None = None
     ) -> Dialogue:
         """Ask about one frame until the answer is a dialogue.
 
@@ -1794,9 +1782,7 @@ class QwenPgen:
                 return dialogue
         raise RunError(f"none of {MAX_TRIES} answers was a dialogue, as {text[:300]!r}")
 
-    def prepare(
-        self, images: Sequence[Image.Image], prompt: str, examples: Turns = ()
-    ) -> Prepared:
+    def prepare(self, images: Views, prompt: str, examples: Turns = ()) -> Prepared:
         """Turn a sample into what the model is given.
 
         Args:
@@ -1844,7 +1830,8 @@ class QwenPgen:
         Raises:
             RunError: the model fails, or one sample does not fit into GPU memory.
         """
-        answers = self.call_in_parts(partial(self.generate, tries=tries), batch)
+        generate = partial(self.generate, tries=tries, limit=MAX_NEW_TOKENS)
+        answers = self.call_in_parts(generate, batch)
         return [PREFILL + answer for answer in answers]
 
     def call_in_parts(
@@ -1872,12 +1859,7 @@ class QwenPgen:
             torch.cuda.empty_cache()
         return results
 
-    def generate(
-        self,
-        batch: Sequence[Prepared],
-        tries: int,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-    ) -> list[str]:
+    def generate(self, batch: Sequence[Prepared], tries: int, limit: int) -> list[str]:
         """Generate what follows PREFILL for each prepared sample."""
         import torch
 
@@ -1891,7 +1873,7 @@ class QwenPgen:
                 temperature=max(temperature, 0.01),
                 top_k=TOP_K,
                 top_p=TOP_P,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=limit,
             )
         new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
         with self.lock:
@@ -2051,6 +2033,8 @@ class ServerPgen:
         self.temperature = temperature
         self.seed = seed
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not re.fullmatch("[!-~]*", self.key):
+            raise InputError(f"{KEY_VARIABLE}: is no key; set it again")
         # What the threads of the requests share is changed under this lock.
         self.lock = threading.Lock()
         self.timeout = ANSWER_TIMEOUT
@@ -2106,7 +2090,7 @@ class ServerPgen:
             for left_out, tries in product(range(3), range(3)):
                 server.left_out = left_out
                 messages = self.prepare(drawn, sample.prompt, sample.examples(tries))
-                answer = self.ask(messages, tries, servers=[server])
+                answer = self.ask(messages, tries, MAX_NEW_TOKENS, [server])
                 if parse_answer(answer):
                     self.answered = messages
                     break
@@ -2119,11 +2103,12 @@ class ServerPgen:
                     "sees images, has room for the prompt and does not think first"
                 )
             if server.left_out:
-                say(f"{server.url}: takes no fields of vLLM (level {server.left_out})")
+                dropped = ("the fields of vLLM", "those fields and response_format")
+                say(
+                    f"{server.url}: requests are without {dropped[server.left_out - 1]}"
+                )
 
-    def prepare(
-        self, images: Sequence[Image.Image], prompt: str, examples: Turns = ()
-    ) -> list[dict[str, Any]]:
+    def prepare(self, images: Views, prompt: str, examples: Turns = ()) -> list[Any]:
         """Turn a sample into the messages of a request.
 
         The examples come first and are the same for many samples, so that a server's
@@ -2142,7 +2127,7 @@ class ServerPgen:
 
     def answer(self, batch: Sequence[Any], tries: int = 0) -> list[str]:
         """Ask once about each prepared sample; "" where a request is refused."""
-        return [self.ask(messages, tries) for messages in batch]
+        return [self.ask(x, tries, MAX_NEW_TOKENS, self.servers) for x in batch]
 
     def choose(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
         """Say which skill each user prompt asks for; "" where no skill is named."""
@@ -2150,18 +2135,12 @@ class ServerPgen:
         for user_prompt, options in questions:
             question = construct_verify_prompt(user_prompt, options)
             messages = self.prepare([], question)[1:]
-            text = self.ask(messages, tries=0, max_tokens=1).strip()
+            text = self.ask(messages, 0, 1, self.servers).strip()
             number = OPTION_LABELS.find(text[:1] or "?")
             chosen.append(options[number] if 0 <= number < len(options) else "")
         return chosen
 
-    def ask(
-        self,
-        messages: Any,
-        tries: int,
-        max_tokens: int = MAX_NEW_TOKENS,
-        servers: Sequence[Server] = (),
-    ) -> str:
+    def ask(self, messages: Any, tries: int, limit: int, servers: list[Server]) -> str:
         """Send a request until it is answered, to whichever server is free.
 
         "" is returned if just this request is refused, or fails again and again.
@@ -2171,12 +2150,12 @@ class ServerPgen:
         began = time.monotonic()
         for failures in count(1):
             with self.lock:
-                server = min(servers or self.servers, key=Server.load)
+                server = min(servers, key=Server.load)
                 server.under_way += 1
             sent = time.monotonic()
             failure: Exception
             try:
-                text = self.post(server, messages, tries, max_tokens)
+                text = self.post(server, messages, tries, limit)
                 server.answered_at = time.monotonic()
                 return text
             except (openai.APIError, ValueError) as error:
@@ -2222,17 +2201,11 @@ class ServerPgen:
         import openai
 
         try:
-            return bool(self.post(server, self.answered, tries=0))
+            return bool(self.post(server, self.answered, 0, MAX_NEW_TOKENS))
         except (openai.APIError, ValueError):
             return False
 
-    def post(
-        self,
-        server: Server,
-        messages: Any,
-        tries: int,
-        max_tokens: int = MAX_NEW_TOKENS,
-    ) -> str:
+    def post(self, server: Server, messages: Any, tries: int, limit: int) -> str:
         """Send one request. Every setting is sent: a checkpoint's own would hold else.
 
         It raises openai.APIError, or ValueError for a reply that is no answer.
@@ -2241,7 +2214,7 @@ class ServerPgen:
 
         unset: Any = openai.NOT_GIVEN
         # One token is the letter of a skill, for --verify.
-        is_letter = max_tokens == 1
+        is_letter = limit == 1
         temperature = retry_temperature(self.temperature, tries)
         schema = {"name": "dialogue", "strict": True, "schema": DIALOGUE_SCHEMA}
         form: Any = {"type": "json_schema", "json_schema": schema}
@@ -2253,7 +2226,7 @@ class ServerPgen:
             messages=messages,
             temperature=0.0 if is_letter else temperature,
             top_p=TOP_P,
-            max_tokens=max_tokens,
+            max_tokens=limit,
             seed=unset if self.seed is None else seed,
             response_format=unset if is_letter or server.left_out > 1 else form,
             extra_body={} if server.left_out else own,
@@ -2299,7 +2272,7 @@ class Request:
     """A sample on its way to its dialogue."""
 
     sample: Sample
-    views: Sequence[Image.Image] | None  # RGB; None if one could not be decoded.
+    views: Views | None  # RGB; None if one could not be decoded.
     prepared: Any = None  # What pgen.prepare made of them.
     tries: int = 0  # How many answers were not good enough so far.
     dialogue: Any = None  # The last answer, if it was a Dialogue.
@@ -2327,7 +2300,7 @@ class Progress:
         ]
 
 
-def annotate_sample(pgen: Pgen, images: Sequence[Image.Image], sample: Sample) -> Line:
+def annotate_sample(pgen: Pgen, images: Views, sample: Sample) -> Line:
     """Generate the dialogue of one sample.
 
     Args:
@@ -2981,9 +2954,7 @@ def build_results(plan: Plan, dialogues: Dialogues) -> Results:
     )
 
 
-def summarize(
-    plan: Plan, annotations: Sequence[dict[str, Any]], late_frames: int
-) -> Rows:
+def summarize(plan: Plan, annotations: Sequence[Line], late_frames: int) -> Rows:
     """Count what the summary, the card and the page say of the dialogues, in words."""
     total = len(annotations)
     prompts = Counter(line["user_prompt"] for line in annotations)
@@ -3022,27 +2993,33 @@ def count_values(values: Iterable[str]) -> str:
 
 def write_dataset(source: Source, results: Results, target: Path) -> None:
     """Write the source plus the new column, with the tables of dialogues."""
-    disk_errors = (OSError, pa.ArrowException)
     first = 0
-    for folder, subfolders, names in os.walk(source.root, followlinks=True):
-        subfolders[:] = sorted(set(subfolders) - {".cache", ".git"})
-        for path in (Path(folder, name) for name in sorted(names)):
+    problem = f"{target}: cannot be written"
+    with errors_as(RunError, problem, DISK_REMEDY, (OSError, pa.ArrowException)):
+        for path in list_files(source.root):
             copy = target / path.relative_to(source.root)
-            problem = f"{copy}: cannot be written from {path}"
-            with errors_as(RunError, problem, DISK_REMEDY, disk_errors):
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if path in source.data_files:
-                    first += add_column(path, copy, results.task_indices[first:])
-                else:
-                    shutil.copyfile(path, copy)
-    tasks_file = target / "meta" / "tasks_high_level.parquet"
-    with errors_as(RunError, f"{tasks_file}: cannot be written", DISK_REMEDY):
-        results.tasks.to_parquet(tasks_file)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path in source.data_files:
+                first += add_column(path, copy, results.task_indices[first:])
+            else:
+                shutil.copyfile(path, copy)
+        results.tasks.to_parquet(target / "meta" / "tasks_high_level.parquet")
     info = read_json(source.root / "meta" / "info.json")
     info["features"][COLUMN] = {"dtype": "int64", "shape": [1], "names": None}
     write_text(target / "meta" / "info.json", json.dumps(info, indent=4))
     lines = "".join(json_line(line) for line in results.annotations)
     write_text(target / "meta" / "syn_annotations.jsonl", lines)
+
+
+def list_files(root: Path) -> Iterator[Path]:
+    """The files of a dataset in order, links followed, but for caches."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        subfolders[:] = sorted(set(subfolders) - {".cache", ".git"})
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def add_column(source: Path, target: Path, values: np.ndarray) -> int:
@@ -3051,14 +3028,14 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
     Row groups, codecs and dictionaries stay. A placeholder of the column is replaced.
     `values` are those of the column from the file's first row on.
     """
-    new = pa.field(COLUMN, pa.int64())
     with pq.ParquetFile(source) as parquet:
         schema = parquet.schema_arrow
-        place = schema.get_field_index(COLUMN)
-        new_schema = schema.append(new) if place < 0 else schema.set(place, new)
+        if COLUMN in schema.names:
+            schema = schema.remove(schema.get_field_index(COLUMN))
+        new = pa.field(COLUMN, pa.int64())
         file = parquet.metadata
         codecs = {}
-        dictionaries = []
+        dictionaries = [COLUMN]
         for number in range(file.num_columns if file.num_row_groups else 0):
             column = file.row_group(0).column(number)
             name = column.path_in_schema
@@ -3066,29 +3043,24 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
             if column.has_dictionary_page:
                 dictionaries.append(name)
         codecs[COLUMN] = codecs.get("index", "SNAPPY")
+        described = describe_column(schema.metadata)
         with pq.ParquetWriter(
             target,
-            new_schema.with_metadata(describe_column(schema.metadata)),
+            schema.append(new).with_metadata(described),
             version=file.format_version,
             compression=codecs,
-            use_dictionary=[*dictionaries, COLUMN],
+            use_dictionary=dictionaries,
         ) as writer:
             row = 0
             for group in range(file.num_row_groups):
                 # read_row_group fails where the texts in the lists of a language
                 # column decode to more than 2 GB.
-                batches = list(parquet.iter_batches(10_000, row_groups=[group]))
+                batches = parquet.iter_batches(10_000, [group], schema.names)
                 table = pa.Table.from_batches(batches, schema)
                 column = pa.array(values[row : row + len(table)], pa.int64())
-                if place < 0:
-                    table = table.append_column(new, column)
-                else:
-                    table = table.set_column(place, new, column)
+                table = table.append_column(new, column)
                 writer.write_table(table, row_group_size=max(1, len(table)))
                 row += len(table)
-    written = pq.read_table(target, columns=[COLUMN])[COLUMN].to_numpy()
-    if not (written == values[:row]).all():
-        raise OSError("it reads back wrong")
     return row
 
 
@@ -3240,21 +3212,19 @@ PAGE = """\
 """
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; --page: #f6f5f2; --panel: #fff; --ink: #1e2328;
-  --quiet: #5b636d; --line: #e2e0da; --person: #eceae5; --robot: #dce8fb; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181b; --panel: #1d2125;
-  --ink: #e7e9ec; --quiet: #a5adb7; --line: #31373e; --person: #2b3036;
-  --robot: #23395c; } }
+:root { color-scheme: light dark; --quiet: color-mix(in srgb, CanvasText 68%, Canvas);
+  --line: color-mix(in srgb, CanvasText 14%, Canvas);
+  --person: color-mix(in srgb, CanvasText 8%, Canvas);
+  --robot: color-mix(in srgb, RoyalBlue 22%, Canvas); }
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { max-width: 84rem; margin: 0 auto; padding: 2rem 1.25rem; overflow-wrap: anywhere;
-  background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 a { color: inherit; }
 h1 { font-size: 1.8rem; line-height: 1.2; }
 h2 { font-size: 1.3rem; margin: 2rem 0 .8rem; }
 h3 { font-size: 1rem; grid-column: 1 / -1; }
 .quiet, dt, summary, label { color: var(--quiet); font-size: .9rem; }
-.panel { background: var(--panel); border: 1px solid var(--line); border-radius: .9rem;
+.panel { background: Canvas; border: 1px solid var(--line); border-radius: .9rem;
   padding: 1rem 1.2rem; margin: .8rem 0; min-width: 0; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
 .figures dd { font-weight: 600; }
@@ -3266,7 +3236,7 @@ h3 { font-size: 1rem; grid-column: 1 / -1; }
   background: hsl(calc(137deg * var(--skill)) 60% 78%);
   border-radius: .35rem; font-size: .8rem; text-align: center; }
 #filters { display: flex; flex-wrap: wrap; gap: .75rem 1rem; align-items: end;
-  position: sticky; top: 0; padding: .75rem 0; background: var(--page); }
+  position: sticky; top: 0; padding: .75rem 0; background: Canvas; }
 #filters[hidden], article[hidden] { display: none; }
 #filters label { flex: 1 1 8rem; min-width: 0; }
 #filters :is(select, input, button) { width: 100%; min-height: 2.5rem; font: inherit; }

@@ -158,10 +158,10 @@ class FixedLengthPgen(ap.QwenPgen):
 
     numbers = itertools.count()
 
-    def generate(self, batch, tries, max_new_tokens=0):
+    def generate(self, batch, tries, limit):
         """Generate as always, but for the length, and give other words."""
         self.model.generation_config.min_new_tokens = 40
-        super().generate(batch, tries, max_new_tokens=40)
+        super().generate(batch, tries, limit=40)
         answers = [write_answer(next(self.numbers)) for _ in batch]
         return [answer.removeprefix(ap.PREFILL) for answer in answers]
 

@@ -424,7 +424,7 @@ def test_episodes_that_begin_in_the_one_before(early, noted, tmp_path):
     plan = planned(root)
     assert len(plan.notes) == noted
     if noted:
-        assert "1 episodes begin before" in plan.notes[0]
+        assert "begin with another's images: 1" in plan.notes[0]
         assert shown(plan, plan.samples[5:6]) == shown_by_lerobot(root, [50])
 
 

@@ -152,7 +152,7 @@ def test_another_prompt_and_model(begun, dataset, model, tmp_path, monkeypatch):
     before = content(left)
     with monkeypatch.context() as patch:
         patch.setattr(ap, "PROMPT", "Do {skill}.")
-        assert "'Do {skill}.'); undo" in annotate(dataset, model, output)[2]
+        assert "'Do {skill}.'\"); undo" in annotate(dataset, model, output)[2]
     err = annotate(dataset, another, output)[2]
     assert f"made with model = '{model}', but" in err.splitlines()[-1]
     assert content(left) == before
@@ -353,7 +353,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize(
     "owner, name, place",
-    [(ap, "write_dataset", "dataset/"), (ap.QwenPgen, "answer", "dialogues-")],
+    [(ap, "write_dataset", "dataset"), (ap.QwenPgen, "answer", "dialogues-")],
 )
 def test_a_disk_that_fills_up(
     owner, name, place, dataset, model, small_disk, monkeypatch

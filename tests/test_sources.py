@@ -233,14 +233,14 @@ def test_skills_after_the_end(episodes, late, starts, are_few, tmp_path):
         skills[episode] = [("reach", 0.0), *zip(["rest", "end"], starts, strict=False)]
     sd.write_skills_file(root, skills)
     code, said = dry_run(root)
-    assert "episode 0 lasts 1 s" in said
+    assert "in episode 0, which lasts 1 s" in said
     if are_few:
         assert code == 0
         assert f"note: {late} skills start after the end" in said
         assert set(load(root).episodes.values()) == {as_skills([("reach", 0.0)])}
     else:
         assert code == 2
-        assert f"after the end in {late} of {episodes} episodes" in said
+        assert f"{late} skills start after the end" in said
 
 
 @pytest.mark.parametrize(
@@ -450,12 +450,9 @@ def test_skills_json_of_another_version(tmp_path):
     assert not load(root).notes
     new = root.with_name("new")
     delete_episodes(LeRobotDataset("demo/x", root=root), [0], new, "demo/less")
-    path = Path(shutil.copy(root / SKILLS_FILE, new / SKILLS_FILE))
-    _, said = dry_run(new)
-    assert "another version of the dataset" in said
-    assert "the dataset has no episode 3" in said
-    sd.edit_json(path, lambda content: content["episodes"].pop("3"))
+    shutil.copy(root / SKILLS_FILE, new / SKILLS_FILE)
     (note,) = load(new).notes
+    assert note in dry_run(new)[1]
     assert "another version of the dataset" in note
     assert "in 3 of 3 episodes the last skill" in note
 
