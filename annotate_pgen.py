@@ -1,26 +1,4 @@
 #!/usr/bin/env python
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#   "lerobot>=0.4.4,<0.5; python_version < '3.12'",
-#   "lerobot[dataset]>=0.6.1,<0.7; python_version >= '3.12'",
-#   "transformers[torch]>=4.57.1,<5; python_version < '3.12'",
-#   "transformers[torch]>=5.4,<6; python_version >= '3.12'",
-#   "torch>=2.7,<2.11; python_version < '3.12'",
-#   "torch>=2.7; python_version >= '3.12'",
-#   "qwen-vl-utils>=0.0.14",
-#   "huggingface_hub>=0.34.2,<2",
-#   "av>=14",
-#   "filelock>=3.12",
-#   "jinja2>=3.1",
-#   "numpy>=1.26",
-#   "openai>=3.50,<4",
-#   "pandas>=2.2",
-#   "pillow>=10.3",
-#   "pyarrow>=17",
-#   "tqdm>=4.66",
-# ]
-# ///
 """Write a LeRobot dataset in which every frame has a dialogue.
 
 A Qwen vision-language model looks at sampled frames of a dataset whose episodes
@@ -50,14 +28,6 @@ annotate_dataset. The sections follow the data:
   job           the whole job, from the flags to the new dataset
   report        what is said before and after
   command line  the flags, and how a run ends
-
-examples:
-  python annotate_pgen.py --data-dir outputs/demo/dataset --dry-run
-  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace \\
-      --output-dir outputs/pgen_dataset
-  python annotate_pgen.py --repo-id lerobot/svla_so101_pickplace \\
-      --model Qwen/Qwen3-VL-30B-A3B-Instruct --device auto --sample-interval 0.5 \\
-      --num-image-views-per-sample 2 --align-skills
 """
 
 from __future__ import annotations
@@ -86,12 +56,9 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cache, cached_property, lru_cache, partial
-from itertools import count, groupby, islice, pairwise, product, zip_longest
+from itertools import chain, count, groupby, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("error: Python 3.10 to 3.13 is needed; install one of them")
 
 INSTALL = "run `python -m pip install -r requirements.txt`"
 # What takes seconds to import is imported where it is used.
@@ -109,13 +76,11 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 if TYPE_CHECKING:
-    import openai
     import pandas as pd
-    import torch
 
 Turns = Sequence[tuple[str, str]]  # Earlier questions of a chat with their answers.
 Views = Sequence[Image.Image]  # RGB, the cameras' images of one frame.
-Prepared = dict[str, Any]  # What a model is given for a sample.
+Prepared = tuple[str, Views]  # The text of a chat, and its images.
 Settings = dict[str, Any]  # All that the dialogues depend on.
 Line = dict[str, Any]  # A line of syn_annotations.jsonl.
 Rows = list[tuple[str, str]]  # Names and values of figures, in words.
@@ -163,8 +128,9 @@ def name_some(items: Iterable[Any], limit: int = 10) -> str:
 
 
 def say(message: str) -> None:
-    """Write a line to stderr, above a progress bar if there is one."""
-    tqdm.write(one_line(message), file=sys.stderr)
+    """Write a line to stderr as rank 0, above a progress bar if there is one."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(one_line(message), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------ prompt
@@ -415,19 +381,14 @@ def construct_prompt(
 def choose_examples(scenario: str = "", response: str = "", draw: int = 0) -> Turns:
     """Choose the examples that are shown before a frame, as questions and answers.
 
-    Args:
-        scenario: a key of EXAMPLES; "" takes examples of all of them.
-        response: a key of their replies; "" takes each example's first.
-        draw: a number by which the choice is rotated.
+    `draw` rotates the choice. Without a scenario it is from all of them, and without a
+    response each example's first reply is shown.
     """
-    pools = [EXAMPLES[scenario]] if scenario else EXAMPLES.values()
-    pool = [x for examples in pools for x in examples]
-    pool = [x for x in pool if not response or response in x.replies]
+    pools = [EXAMPLES[scenario]] if scenario else zip(*EXAMPLES.values(), strict=False)
+    pool = [x for xs in pools for x in xs if not response or response in x.replies]
     start = draw % max(1, len(pool))
-    # Of all scenarios, neighbours are of the same one.
-    step = max(1, len(pool) // (EXAMPLE_COUNT + 1))
     turns = []
-    for x in (pool[start:] + pool[:start])[::step][:EXAMPLE_COUNT]:
+    for x in (pool[start:] + pool[:start])[:EXAMPLE_COUNT]:
         told = (x.task, x.history, x.skill, scenario, response, x.picture)
         question = construct_prompt(*told)
         reply = x.replies[response or next(iter(x.replies))]
@@ -452,8 +413,7 @@ Which action do they ask for? Answer with its letter only."""
 
 def construct_verify_prompt(user_prompt: str, options: Sequence[str]) -> str:
     """Say what --verify asks about a user prompt, with the skills to choose from."""
-    labelled = zip(OPTION_LABELS, options, strict=False)
-    lines = [f"{label}. {option}" for label, option in labelled]
+    lines = map("{}. {}".format, OPTION_LABELS, options)
     return VERIFY_PROMPT.format(user_prompt=user_prompt, options="\n".join(lines))
 
 
@@ -474,16 +434,12 @@ def check_prompt() -> None:
                 f"SCENARIO_TYPES and EXAMPLES: {scenario!r} has to be in both, its "
                 f"examples with the same RESPONSE_TYPES; not known: {sorted(unknown)}"
             )
-    if not set(SCENARIO_TYPES) - NOT_ON_FIRST_SAMPLE:
-        raise InputError("SCENARIO_TYPES: holds none for an episode's first sample")
 
 
 def prompt_settings() -> Settings:
     """All that is asked, as it is recorded in a dataset and compared on resuming."""
-    names = (
-        "SYSTEM SCENARIO_TYPES RESPONSE_TYPES PROMPT EXAMPLES EXAMPLE_COUNT PREFILL "
-    )
-    names += "HISTORY_LENGTH TOP_P TOP_K VERIFY_PROMPT"
+    names = "SYSTEM PROMPT SCENARIO_TYPES RESPONSE_TYPES EXAMPLES EXAMPLE_COUNT "
+    names += "HISTORY_LENGTH PREFILL TOP_P TOP_K VERIFY_PROMPT"
     return {name: repr(globals()[name]) for name in names.split()}
 
 
@@ -527,8 +483,8 @@ class Source:
 def find_dataset(args: argparse.Namespace) -> Path:
     """Find the folder of a dataset, and download it if it is only on the Hub.
 
-    LeRobot's own local copy is used if there is one and no revision is named. What is
-    downloaded is main: skills are added there after LeRobot has set its version tag.
+    LeRobot's own local copy is used if no revision is named. Else main is downloaded:
+    skills are added there after LeRobot has set its version tag.
     """
     from huggingface_hub import snapshot_download
     from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -539,9 +495,8 @@ def find_dataset(args: argparse.Namespace) -> Path:
     if args.data_dir or (not args.revision and (folder / "data").is_dir()):
         return folder.resolve()
     say(f"downloading {args.repo_id}")
-    problem = f"--repo-id {args.repo_id}: cannot be downloaded"
     remedy = "check the name, --revision, the network and that you are logged in"
-    with errors_as(InputError, problem, remedy):
+    with errors_as(InputError, f"--repo-id {args.repo_id}: no download", remedy):
         folder = ask_hub(
             snapshot_download,
             repo_id=args.repo_id,
@@ -577,8 +532,7 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
         raise InputError(f"{info_file}: fps is {fps!r:.50}; mend it")
     if not tables:
         raise InputError(f"{root}/meta/episodes: has no parquet file; restore it")
-    problem = f"{root}: LeRobot cannot open the dataset"
-    with errors_as(InputError, problem, "repair its meta folder"):
+    with errors_as(InputError, f"{root}: LeRobot cannot open it", "repair meta/"):
         meta = LeRobotDatasetMetadata(repo_id or f"local/{root.name}", root=root)
     # LeRobot sets FFmpeg's own messages free; what is broken is reported here.
     av.logging.set_level(av.logging.PANIC)
@@ -654,21 +608,16 @@ def find_episodes(frames: pd.DataFrame, lengths: pd.Series) -> dict[int, Episode
     for index, part in frames.groupby("episode_index", sort=False):
         if index not in lengths.index:
             continue
-        first = part.iloc[0]
-        path = first["path"]
-        is_together = part.index[-1] - part.index[0] == len(part) - 1
-        if (
-            len(part) != lengths[index]
-            or not is_together
-            or part["path"].iloc[-1] != path
-        ):
+        path = part["path"].iloc[0]
+        is_together = (np.diff(part.index) == 1).all() and (part["path"] == path).all()
+        if len(part) != lengths[index] or not is_together:
             raise InputError(
                 f"{path}: has not all frames of episode {index} together: there are "
                 f"{len(part)}, and {lengths[index]} in meta/episodes; restore the files"
             )
         if part.isna().any(axis=None):
             raise InputError(f"{path}: {FRAME_COLUMNS} hold nulls; restore the file")
-        place = (path, int(first["row"]), int(part.index[0]))
+        place = (path, int(part["row"].iloc[0]), int(part.index[0]))
         episodes[int(index)] = EpisodeFrames(int(index), *place, part)
     return episodes
 
@@ -692,12 +641,11 @@ def read_columns(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def check_not_annotated(path: Path) -> None:
     """Refuse a data file in which frames have their dialogues already.
 
-    A column of nothing but negative numbers is a placeholder, as LeRobot's older
-    annotation tool writes it, and is replaced.
+    Nothing but negative numbers are a placeholder of LeRobot's older annotation tool.
     """
+    root = path.parents[2]
     is_there = COLUMN in pq.read_schema(path).names
     if is_there and (read_columns(path, [COLUMN])[COLUMN] >= 0).any():
-        root = path.parents[2]
         raise InputError(
             f"{path}: has {COLUMN} already; annotate its source, or remove the column: "
             'python -c "from lerobot.datasets.lerobot_dataset import LeRobotDataset; '
@@ -709,10 +657,9 @@ def check_not_annotated(path: Path) -> None:
 
 
 def read_names(path: Path, number_column: str) -> dict[int, str]:
-    """Read the names of tasks or subtasks by their number, wherever they stand.
+    """Read the names of tasks or subtasks by their number.
 
-    LeRobot writes the names as the index; other writers have them in a column, with
-    the numbers as the index or in another column.
+    LeRobot writes the names as the index, others as a column.
     """
     import pandas as pd
 
@@ -743,12 +690,8 @@ def find_videos(meta: Any, table: Any, key: str, indices: Any) -> dict[int, Path
 
 def choose_cameras(source: Source, count: int, keys: Sequence[str] | None) -> list[str]:
     """Decide which cameras the model sees: the first colour cameras, or those named."""
-    cameras = []
-    for key, feature in source.meta.features.items():
-        if feature["dtype"] in ("video", "image") and not is_depth(
-            source, key, feature
-        ):
-            cameras.append(key)
+    features = source.meta.features.items()
+    cameras = [key for key, feature in features if is_colour(source, key, feature)]
     wanted = list(dict.fromkeys(keys or cameras[:count]))
     if not set(wanted) <= set(cameras) or not (keys or len(wanted) == count):
         flags = "--camera-keys or --num-image-views-per-sample"
@@ -756,21 +699,23 @@ def choose_cameras(source: Source, count: int, keys: Sequence[str] | None) -> li
     return wanted
 
 
-def is_depth(source: Source, camera_key: str, feature: Mapping[str, Any]) -> bool:
-    """Whether a camera has depth maps, by its marks or by more than 8 bits of grey."""
+def is_colour(source: Source, camera_key: str, feature: dict[str, Any]) -> bool:
+    """Whether a feature is a camera, without marks of depth or more than 8 bits."""
+    if feature["dtype"] not in ("video", "image"):
+        return False
     details = dict(feature.get("video_info") or {})
     details.update(feature.get("info") or {})
     if details.get("is_depth_map") or details.get("video.is_depth_map"):
-        return True
+        return False
     if feature["dtype"] == "video":
         # gray10le, gray12le and gray16le are depth; yuv420p10le is a fine colour.
-        return str(details.get("video.pix_fmt")).startswith("gray1")
+        return not str(details.get("video.pix_fmt")).startswith("gray1")
     try:
         stored = read_image_column(source.data_files[0], camera_key)[0].as_py()
-        return Image.open(io.BytesIO(stored["bytes"])).mode.startswith(("I", "F"))
+        return Image.open(io.BytesIO(stored["bytes"])).mode[0] not in "IF"
     except Exception:
         # What cannot be opened is refused if it is shown.
-        return False
+        return True
 
 
 # ------------------------------------------------------------------------------ skills
@@ -851,10 +796,9 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
         raise InputError(
             f"{source.root}: no skills for {len(lacking)} of {len(source.episodes)} "
             f"episodes ({name_some(lacking)}); found {'; '.join(states)}; annotate "
-            "them with LeRobot 0.6 (Python 3.12, pip install 'lerobot[annotations]'): "
+            "them with LeRobot 0.6 (pip install 'lerobot[annotations]'): "
             f"lerobot-annotate --repo_id={source.meta.repo_id} --root={source.root} "
-            "--interjections.enabled=false --vqa.enabled=false; or add --task-as-skill,"
-            " and the task counts as the skill of such an episode"
+            "--interjections.enabled=false --vqa.enabled=false; or add --task-as-skill"
         )
     notes = find_other_version(source) if found and name == SKILLS_FILE else []
     kept = leave_out_late(source, name, found, notes)
@@ -862,8 +806,8 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
         if other != name and not lacking and len(theirs) == len(found):
             compare_forms(source, name, kept, other, theirs)
     for index in lacking:
-        first = source.episodes[index].frames.iloc[0]
-        task = source.tasks.get(int(first["task_index"]))
+        first = source.episodes[index].frames["task_index"].iloc[0]
+        task = source.tasks.get(int(first))
         if not task:
             raise InputError(f"{source.root}: episode {index} has no task; add it")
         kept[index] = EpisodeSkills((Skill(task, 0.0),))
@@ -874,12 +818,7 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
     return SkillSource(form, episodes, len(lacking), tuple(notes))
 
 
-def check_skills(
-    place: str,
-    entries: Sequence[tuple[Any, Any]],
-    description: str = "",
-    coarse: str = "",
-) -> EpisodeSkills:
+def check_skills(place: str, entries: Any, *texts: str) -> EpisodeSkills:
     """Check and sort an episode's skills, names and starts as they stand in a form.
 
     A name twice in a row is one skill. `place` says where they stand, for errors.
@@ -895,7 +834,7 @@ def check_skills(
         skills.append(Skill(one_line(name), float(start)))
     skills.sort(key=lambda skill: skill.start)
     merged = [next(same) for _, same in groupby(skills, key=lambda skill: skill.name)]
-    return EpisodeSkills(tuple(merged), one_line(description), one_line(coarse))
+    return EpisodeSkills(tuple(merged), *map(one_line, texts))
 
 
 def compare_forms(
@@ -920,10 +859,9 @@ def compare_forms(
 
 
 def leave_out_late(source: Source, form: str, found: Found, notes: list[str]) -> Found:
-    """Leave out skills that start at or after their episode's end, and note how many.
+    """Leave out skills that start after their episode's end, and note how many.
 
-    Models that segment videos put a last skill there now and then. Many of them mean
-    that the times have another unit, and are refused.
+    Models that segment videos put one there now and then. Many mean another unit.
     """
     kept: Found = {}
     late = []
@@ -939,10 +877,7 @@ def leave_out_late(source: Source, form: str, found: Found, notes: list[str]) ->
         return kept
     index, skill = late[0]
     problem = f"{len(late)} skills start after the end of their episodes"
-    example = (
-        f"{skill.name!r:.60} at {skill.start:g} s in episode {index}, which lasts "
-    )
-    example += f"{source.seconds(index):g} s"
+    example = f"{skill.name!r:.60} at {skill.start:g} s in episode {index}"
     allowed = len(found) // 5 if len(found) >= 10 else len(found) - 1
     if len(late) > allowed or not only_last:
         remedy = "correct the times, which are seconds from the episode's first frame"
@@ -981,8 +916,6 @@ def find_other_version(source: Source) -> list[str]:
     LeRobot's tools that delete episodes number the others anew.
     """
     episodes = dict(read_json(source.root / SKILLS_FILE)["episodes"])
-    note = f"{SKILLS_FILE} may belong to another version of the dataset, from before "
-    note += "episodes were deleted and numbered anew: "
     off = []
     for index in source.episodes:
         skills = (episodes.get(str(index)) or {}).get("skills") or ()
@@ -991,7 +924,8 @@ def find_other_version(source: Source) -> list[str]:
             off.append(abs(max(ends) - source.seconds(index)) > 1)
     if sum(off) * 2 <= len(off):
         return []
-    return [f"{note}in {sum(off)} of {len(off)} episodes the last skill ends elsewhere"]
+    sign = f"in {sum(off)} of {len(off)} episodes the last skill ends elsewhere"
+    return [f"{SKILLS_FILE} may belong to another version of the dataset: {sign}"]
 
 
 def episodes_by_file(source: Source, column: str) -> dict[Path, list[EpisodeFrames]]:
@@ -1006,19 +940,15 @@ def episodes_by_file(source: Source, column: str) -> dict[Path, list[EpisodeFram
     return by_file
 
 
-def seconds_between(first_timestamp: float, timestamp: float) -> float:
-    """Seconds from the first timestamp to another, both of which are stored as float32.
-
-    Rounded to microseconds, which turns the 1.2000000477 of a float32 into 1.2.
-    """
-    return round(float(timestamp) - float(first_timestamp), 6)
+def seconds_between(first_timestamp: float, timestamp: float | None) -> float | None:
+    """Seconds between two timestamps, without the 0.0000000477 of a float32."""
+    return None if timestamp is None else round(float(timestamp - first_timestamp), 6)
 
 
 def read_language_rows(source: Source) -> Entries:
     """Read the rows of style "subtask" that stand in `language_persistent`.
 
-    LeRobot repeats the whole list on every frame of the episode, so the first frame's
-    is read. A row's timestamp is on the frames' own clock. Other styles are no skills.
+    LeRobot repeats the list on every frame of the episode: the first frame's is read.
     """
     for path, episodes in episodes_by_file(source, LANGUAGE_COLUMN).items():
         firsts = {episode.first_row: episode for episode in episodes}
@@ -1033,11 +963,9 @@ def read_language_rows(source: Source) -> Entries:
                 first_timestamp = episode.frames["timestamp"].iloc[0]
                 entries = []
                 for entry in batch[0][position].as_py() or ():
-                    if entry and entry.get("style") == "subtask":
-                        if entry.get("timestamp") is None:
-                            raise InputError(f"{place}: a subtask lacks its timestamp")
+                    if entry and entry["style"] == "subtask":
                         start = seconds_between(first_timestamp, entry["timestamp"])
-                        entries.append((entry.get("content"), start))
+                        entries.append((entry["content"], start))
                 yield episode.episode_index, place, entries
             row += len(batch)
 
@@ -1057,11 +985,9 @@ def read_subtask_index(source: Source) -> Entries:
             entries = []
             for row in np.flatnonzero(np.diff(values, prepend=values[:1] - 1)).tolist():
                 label = int(values[row])
-                if label >= 0 and label not in names:
-                    raise InputError(f"{place}: {label} has no name in meta/subtasks")
                 if label >= 0:
                     start = seconds_between(timestamps[0], timestamps[row])
-                    entries.append((names[label], start))
+                    entries.append((names.get(label, label), start))
             yield episode.episode_index, place, entries
 
 
@@ -1072,8 +998,7 @@ def read_subtask_names(root: Path) -> dict[int, str]:
             return read_names(path, "subtask_index")
     raise InputError(
         f"{root}: has labels in subtask_index, but neither meta/subtasks.parquet nor "
-        "meta/subtasks.jsonl with their names; LeRobot's tools leave that file behind, "
-        "so copy it from the dataset that this one was made of"
+        "meta/subtasks.jsonl; copy that file from the dataset that this was made of"
     )
 
 
@@ -1094,10 +1019,9 @@ def read_sarm_columns(source: Source, kind: str) -> Entries:
             # The annotator takes an episode's index for its row in the file. In any
             # file but the first that is the row of another episode, or a new one.
             if index is None or len(starts or ()) != len(names):
+                remedy = "bring meta/episodes into one file and annotate again"
                 raise InputError(
-                    f"{path}: {columns[1]} of episode {index} is mixed up: LeRobot's "
-                    "annotator does so where meta/episodes has several files; bring "
-                    "them into one file and annotate again"
+                    f"{columns[1]} of episode {index} is mixed up; {remedy}"
                 )
             place = f"{path}: {columns[1]} of episode {index}"
             yield int(index), place, list(zip(names, starts, strict=True))
@@ -1214,7 +1138,7 @@ class TypeDealer:
         """
         forbidden = NOT_ON_FIRST_SAMPLE if is_first else set()
         scenarios = [name for name in SCENARIO_TYPES if name not in forbidden]
-        scenario = self.draw((skill, *forbidden), scenarios)
+        scenario = self.draw((skill, *forbidden), scenarios or list(SCENARIO_TYPES))
         response = self.draw((skill, "replies", scenario), suitable_responses(scenario))
         return scenario, response
 
@@ -1277,8 +1201,8 @@ def plan_episode(
     """Decide which frames of an episode are sampled, and what is asked about each.
 
     A frame's skill is the last that has started, before any the first. A sample is the
-    first frame at or after each multiple of the interval from the episode's first one;
-    with `align_skills`, from the first frame of each skill.
+    first frame at or after each multiple of the interval, counted from the first frame
+    of the episode or, with `align_skills`, of each skill.
     """
     episode = source.episodes[episode_index]
     columns = {name: episode.frames[name].to_numpy() for name in FRAME_COLUMNS}
@@ -1289,8 +1213,7 @@ def plan_episode(
         raise InputError(f"{episode.path}: {problem}; correct them")
     on_time = seconds + TIME_TOLERANCE / source.fps
     starts = np.array([skill.start for skill in known.skills])
-    numbers = np.searchsorted(starts, on_time, "right").astype("int32") - 1
-    numbers = numbers.clip(0)
+    numbers = (np.searchsorted(starts, on_time, "right").astype("int32") - 1).clip(0)
     firsts = np.unique(numbers, return_index=True)[1] if align_skills else [0]
     # Half a frame samples every frame already, and less would overflow the division.
     step = max(sample_interval, 0.5 / source.fps)
@@ -1322,8 +1245,7 @@ def plan_episode(
 def count_late_frames(plan: Plan, carried: Mapping[int, str] | None = None) -> int:
     """Count the frames that carry the dialogue of another skill than their own.
 
-    `carried` says for the index of each sample which skill its frames' dialogue is of;
-    None if each sample has its own dialogue.
+    `carried` says for the index of each sample which skill its frames' dialogue is of.
     """
     late = 0
     for episode in plan.episodes:
@@ -1351,9 +1273,8 @@ Place = tuple[Path, float]
 class VideoReader:
     """A video being read, mostly forwards; it raises whatever PyAV raises.
 
-    It decodes on from the last frame, and seeks only where that takes fewer frames.
-    LeRobot's own decode_video_frames returns the same frames, but holds every frame
-    between the first and the last one asked for in memory.
+    It seeks only where that takes fewer frames than decoding on. LeRobot's
+    decode_video_frames keeps all frames between the first and the last in memory.
     """
 
     def __init__(self, path: Path, fps: float):
@@ -1382,9 +1303,8 @@ class VideoReader:
         """Go to a key frame at or before a time.
 
         A file is sought by the times at which frames are decoded, which precede those
-        at which they are shown. So the key frame that is found may be shown too late,
-        and the one before it is looked for, farther and farther back. What is decoded
-        before the key frame lacks its own beginning, and is passed over.
+        at which they are shown: a key frame may be too late, and one before is sought.
+        What is decoded before a key frame lacks its own beginning, and is passed over.
         """
         start = seconds
         while True:
@@ -1408,8 +1328,7 @@ def read_image_column(path: Path, camera_key: str) -> Any:
 def find_places(plan: Plan, samples: Sequence[Sample], camera_key: str) -> list[Place]:
     """Find the image of a camera for each sample, as LeRobotDataset does.
 
-    Where a timestamp lies outside the episode's part of the video, LeRobot would show
-    the images of another episode: that is refused.
+    Outside of the episode's part of the video are the images of another episode.
     """
     source = plan.source
     places: list[Place] = []
@@ -1427,10 +1346,8 @@ def find_places(plan: Plan, samples: Sequence[Sample], camera_key: str) -> list[
         start = starts[sample.episode_id]
         length = ends[sample.episode_id] - start
         if not -slack <= sample.timestamp <= length + slack:
-            raise InputError(
-                f"{source.root}: {sample.place} at {sample.timestamp} s is outside its "
-                f"{length:g} s of {camera_key}; correct data/ or meta/episodes"
-            )
+            problem = f"{sample.place} is outside its {length:g} s of {camera_key}"
+            raise InputError(f"{source.root}: {problem}; correct its timestamps")
         places.append((paths[sample.episode_id], start + sample.timestamp))
     return places
 
@@ -1440,12 +1357,13 @@ def find_video_overlaps(source: Source, camera_keys: Sequence[str]) -> list[str]
     notes = []
     for key in set(camera_keys) & set(source.meta.video_keys):
         paths = find_videos(source.meta, source.table, key, source.episodes)
-        rows = source.table.loc[list(source.episodes)].assign(path=paths)
-        rows = rows.sort_values(["path", f"videos/{key}/from_timestamp"])
-        begins = rows[f"videos/{key}/from_timestamp"]
-        ends = rows.groupby("path")[f"videos/{key}/to_timestamp"].shift()
-        early = rows.index[begins < ends - (1 - TIME_TOLERANCE) / source.fps]
-        if len(early):
+        starts = source.table[f"videos/{key}/from_timestamp"]
+        ends = source.table[f"videos/{key}/to_timestamp"]
+        slack = (1 - TIME_TOLERANCE) / source.fps
+        places = sorted((paths[i], starts[i], ends[i] - slack, i) for i in paths)
+        pairs = pairwise(places)
+        early = [b[3] for a, b in pairs if a[0] == b[0] and b[1] < a[2]]
+        if early:
             problem = (
                 "by meta/episodes, and in LeRobot, these begin with another's images"
             )
@@ -1515,8 +1433,7 @@ def parse_answer(text: str) -> Dialogue | None:
         text: the answer; a closed thought or a code fence around it does no harm.
 
     Returns:
-        user_prompt and robot_utterance, stripped; None if there are none that somebody
-        could say.
+        user_prompt and robot_utterance; None if there are none that somebody could say.
     """
     text = text.rpartition("</think>")[2]
     try:
@@ -1602,21 +1519,19 @@ def check_dialogue(dialogue: Dialogue | None, sample: Sample) -> str:
 @cache
 def example_stems() -> set[str]:
     """What the examples are about: words that two lines of one have, and no other."""
-    seen: Counter[str] = Counter()
-    subjects = set()
-    for pool in EXAMPLES.values():
-        for example in pool:
-            lines = (example.picture, example.task, example.skill, *example.history)
-            counts = Counter(stem for line in lines for stem in stems(line))
-            subjects |= {stem for stem, count in counts.items() if count > 1}
-            seen.update(set(counts))
+    counts = []
+    for example in chain(*EXAMPLES.values()):
+        lines = (example.picture, example.task, example.skill, *example.history)
+        counts.append(Counter(stem for line in lines for stem in stems(line)))
+    seen = Counter(chain(*counts))
+    subjects = {stem for x in counts for stem, count in x.items() if count > 1}
     return {stem for stem in subjects if seen[stem] == 1 and len(stem) > 3}
 
 
 @cache
 def own_words(of_robot: bool) -> set[str]:
     """Words that in the examples only the robot says, as I, or the person, as you."""
-    examples = [example for pool in EXAMPLES.values() for example in pool]
+    examples = list(chain(*EXAMPLES.values()))
     replies = " | ".join(reply for x in examples for reply in x.replies.values())
     prompts = " | ".join(x.user_prompt for x in examples)
     own, others = (replies, prompts) if of_robot else (prompts, replies)
@@ -1646,8 +1561,7 @@ def points_elsewhere(text: str, sample: Sample) -> bool:
 def stems(text: str) -> set[str]:
     """The words of a text that carry its meaning, without common endings.
 
-    "moving" is like "moves". Words of one or two letters, and words that half of the
-    examples say, such as "the", carry none.
+    Words of one or two letters, and those that half of the examples say, carry none.
     """
     return word_stems(text) - common_stems()
 
@@ -1669,7 +1583,7 @@ def word_stems(text: str) -> set[str]:
 def common_stems() -> set[str]:
     """The words that at least half of the examples say."""
     counts: Counter[str] = Counter()
-    examples = [example for pool in EXAMPLES.values() for example in pool]
+    examples = list(chain(*EXAMPLES.values()))
     for example in examples:
         said = " ".join([example.user_prompt, *example.replies.values()])
         counts.update(word_stems(said))
@@ -1686,15 +1600,18 @@ MAX_PIXELS = 448 * 448  # Of an image: 256 tokens for Qwen2-VL, 196 for Qwen3-VL
 MODEL_REMEDY = "check the name, the network, and that it is a Qwen VL model"
 
 
-def make_messages(system: str, turns: Turns, content: list[Any]) -> list[Any]:
+def make_messages(turns: Turns, content: list[Any]) -> list[Any]:
     """A chat: the system's message, earlier turns, the parts of the question."""
-    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    said = [("system", SYSTEM)]
     for question, answer in turns:
-        for role, text in (("user", question), ("assistant", answer)):
-            part = {"type": "text", "text": text}
-            messages.append({"role": role, "content": [part]})
-    messages.append({"role": "user", "content": content})
-    return messages
+        said += [("user", question), ("assistant", answer)]
+    messages = [{"role": role, "content": [text_part(text)]} for role, text in said]
+    return [*messages, {"role": "user", "content": content}]
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A text as a part of a message, which every chat template takes."""
+    return {"type": "text", "text": text}
 
 
 class QwenPgen:
@@ -1724,8 +1641,6 @@ class QwenPgen:
         self.temperature = temperature
         # Lowered when GPU memory runs out.
         self.batch_limit = sys.maxsize
-        # A tokenizer that two threads use at once fails now and then.
-        self.lock = threading.Lock()
         with errors_as(InputError, f"--device {device}", "try --device cpu"):
             torch.empty(1, device="cpu" if device == "auto" else device).tolist()
         check_model(model)
@@ -1753,14 +1668,12 @@ class QwenPgen:
             eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id
         )
         # A checkpoint of another version of transformers may load and not run.
-        trial = Image.new("RGB", (64, 64))
         remedy = "try another version of transformers, another --dtype or --device"
         with errors_as(InputError, f"{problem} run it", remedy):
-            self.generate([self.prepare([trial], "Hello.")], tries=0, limit=1)
+            trial = self.prepare([Image.new("RGB", (64, 64))], prompt="Hello.")
+            self.generate([trial], tries=0, limit=1)
 
-    def call_qwen(
-        self, images: Views, prompt: str, examples: Turns | None = None
-    ) -> Dialogue:
+    def call_qwen(self, images: Views, prompt: str, examples: Any = None) -> Dialogue:
         """Ask about one frame until the answer is a dialogue.
 
         Args:
@@ -1791,30 +1704,23 @@ class QwenPgen:
             examples: earlier turns, from choose_examples.
 
         Returns:
-            On the CPU: input_ids and attention_mask (1, tokens), pixel_values and
-            image_grid_thw.
+            The text of the chat, and the images at the size that the model sees.
         """
         from qwen_vl_utils import process_vision_info
 
-        content: list[dict[str, Any]] = []
-        for image in images:
-            content.append({"type": "image", "image": image, "max_pixels": MAX_PIXELS})
-        content.append({"type": "text", "text": without_markers(prompt)})
-        chat = make_messages(SYSTEM, examples, content)
+        bound = {"type": "image", "max_pixels": MAX_PIXELS}
+        content: list[Any] = [dict(bound, image=image) for image in images]
+        content.append(text_part(without_markers(prompt)))
+        chat = make_messages(examples, content)
         # The model goes on from here, so that it writes no preamble and no code fence.
-        opened = [{"type": "text", "text": PREFILL}]
-        chat.append({"role": "assistant", "content": opened})
-        with self.lock:
-            text = self.processor.apply_chat_template(
-                chat, tokenize=False, continue_final_message=True
-            )
-            # The size of a patch differs between the families of Qwen.
-            patch_size = self.processor.image_processor.patch_size
-            bounded, _ = process_vision_info(chat, image_patch_size=patch_size)
-            inputs = self.processor(
-                text=[text], images=bounded, do_resize=False, return_tensors="pt"
-            )
-        return dict(inputs)
+        chat.append({"role": "assistant", "content": [text_part(PREFILL)]})
+        text = self.processor.apply_chat_template(
+            chat, tokenize=False, continue_final_message=True
+        )
+        # The size of a patch differs between the families of Qwen.
+        patch_size = self.processor.image_processor.patch_size
+        bounded, _ = process_vision_info(chat, image_patch_size=patch_size)
+        return text, bounded or []
 
     def answer(self, batch: Sequence[Prepared], tries: int = 0) -> list[str]:
         """Generate one answer to each prepared sample.
@@ -1864,8 +1770,8 @@ class QwenPgen:
         import torch
 
         temperature = retry_temperature(self.temperature, tries)
+        inputs = self.encode(batch)
         with torch.inference_mode():
-            inputs = self.collate(batch)
             tokens = self.model.generate(
                 **inputs,
                 do_sample=temperature > 0,
@@ -1876,31 +1782,18 @@ class QwenPgen:
                 max_new_tokens=limit,
             )
         new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        with self.lock:
-            return self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 
-    def collate(self, batch: Sequence[Prepared]) -> Prepared:
-        """Put prepared samples into one batch on the model's device.
-
-        Values per token are padded on the left; those of images are concatenated.
-        """
-        import torch
-
-        inputs = {}
-        for name, first in batch[0].items():
-            parts = [prepared[name] for prepared in batch]
-            # One value for each token, such as attention_mask.
-            if first.shape == batch[0]["input_ids"].shape:
-                is_text = name == "input_ids"
-                padded = torch.nn.utils.rnn.pad_sequence(
-                    [part[0] for part in parts],
-                    batch_first=True,
-                    padding_value=self.tokenizer.pad_token_id if is_text else 0,
-                    padding_side="left",
-                )
-                parts = [padded]
-            inputs[name] = torch.cat(parts).to(self.model.device)
-        return inputs
+    def encode(self, batch: Sequence[Prepared]) -> Any:
+        """Tokens and pixels of texts and their images, padded on the left."""
+        inputs = self.processor(
+            text=[text for text, _ in batch],
+            images=[image for _, images in batch for image in images] or None,
+            do_resize=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        return inputs.to(self.model.device)
 
     def choose(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
         """Say which skill each user prompt asks for, for --verify.
@@ -1914,36 +1807,31 @@ class QwenPgen:
         Raises:
             RunError: the model fails, or one question does not fit into GPU memory.
         """
-        texts = []
+        batch = []
         for user_prompt, options in questions:
-            question = construct_verify_prompt(user_prompt, options)
-            content = [{"type": "text", "text": without_markers(question)}]
-            with self.lock:
-                text = self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    # The first token is to be the answer, not that of a thought.
-                    enable_thinking=False,
-                )
-            texts.append(text)
+            question = without_markers(construct_verify_prompt(user_prompt, options))
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": [text_part(question)]}],
+                tokenize=False,
+                add_generation_prompt=True,
+                # The first token is to be the answer, not that of a thought.
+                enable_thinking=False,
+            )
+            batch.append((text, []))
         labels = self.tokenizer.convert_tokens_to_ids(list(OPTION_LABELS))
-        logits = self.call_in_parts(self.last_logits, texts)
+        logits = self.call_in_parts(self.last_logits, batch)
         chosen = []
         for row, (_, options) in zip(logits, questions, strict=True):
             chosen.append(options[int(row[labels[: len(options)]].argmax())])
         return chosen
 
-    def last_logits(self, texts: Sequence[str]) -> torch.Tensor:
+    def last_logits(self, batch: Sequence[Prepared]) -> Any:
         """The logits of what follows each text, (texts, vocabulary)."""
         import torch
 
-        with self.lock:
-            inputs = self.tokenizer(list(texts), padding=True, return_tensors="pt")
         with torch.inference_mode():
             # The padding is on the left, so the last position is that of the answer.
-            inputs = inputs.to(self.model.device)
-            return self.model(**inputs, logits_to_keep=1).logits[:, -1]
+            return self.model(**self.encode(batch), logits_to_keep=1).logits[:, -1]
 
 
 def without_markers(text: str) -> str:
@@ -1991,7 +1879,7 @@ class Server:
     """A server, and what is known of it. Times are those of time.monotonic()."""
 
     url: str
-    client: openai.OpenAI
+    client: Any  # openai.OpenAI.
     left_out: int = 0  # 1: the fields of vLLM are not sent; 2: nor response_format.
     under_way: int = 0
     rests_until: float = 0.0
@@ -2065,12 +1953,13 @@ class ServerPgen:
                 f"--server {server.url}: {self.describe(error)}; start it, correct the "
                 f"URL, which most often ends in /v1, or set the key in {KEY_VARIABLE}"
             ) from None
-        if model in names or (len(names) == 1 and model is None):
-            return model or names[0]
-        raise InputError(
-            f"--server {server.url}: serves {name_some(names) or 'no model'}, and "
-            f"{model or 'none of them'} is asked for; name a served one with --model"
+        wanted = model or (names[0] if len(names) == 1 else "")
+        if wanted in names:
+            return wanted
+        problem = (
+            f"serves {name_some(names) or 'no model'}, and not {model or 'only one'}"
         )
+        raise InputError(f"--server {server.url}: {problem}; name one with --model")
 
     def describe(self, error: Exception) -> str:
         """An error on one line of at most 300 characters, without the key."""
@@ -2103,10 +1992,8 @@ class ServerPgen:
                     "sees images, has room for the prompt and does not think first"
                 )
             if server.left_out:
-                dropped = ("the fields of vLLM", "those fields and response_format")
-                say(
-                    f"{server.url}: requests are without {dropped[server.left_out - 1]}"
-                )
+                extent = " and response_format" * (server.left_out - 1)
+                say(f"{server.url}: requests are without vLLM's fields{extent}")
 
     def prepare(self, images: Views, prompt: str, examples: Turns = ()) -> list[Any]:
         """Turn a sample into the messages of a request.
@@ -2122,8 +2009,8 @@ class ServerPgen:
                 image = image.resize((width, max(1, int(image.height * scale))))
             url = f"data:image/jpeg;base64,{encode_jpeg(image, quality=90)}"
             content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": without_markers(prompt)})
-        return make_messages(SYSTEM, examples, content)
+        content.append(text_part(without_markers(prompt)))
+        return make_messages(examples, content)
 
     def answer(self, batch: Sequence[Any], tries: int = 0) -> list[str]:
         """Ask once about each prepared sample; "" where a request is refused."""
@@ -2153,7 +2040,6 @@ class ServerPgen:
                 server = min(servers, key=Server.load)
                 server.under_way += 1
             sent = time.monotonic()
-            failure: Exception
             try:
                 text = self.post(server, messages, tries, limit)
                 server.answered_at = time.monotonic()
@@ -2178,8 +2064,10 @@ class ServerPgen:
             is_lost = time.monotonic() - last_answer > SERVER_PATIENCE
             if is_lost or status in (401, 403, 404, 405):
                 raise RunError(f"{problem}; check the server; {RESUME_REMEDY}")
-            is_timeout = isinstance(failure, openai.APITimeoutError)
-            if is_timeout and server.answered_at > sent:
+            if (
+                isinstance(failure, openai.APITimeoutError)
+                and server.answered_at > sent
+            ):
                 # It answers others, so it is only busy.
                 self.timeout = min(2 * self.timeout, SERVER_PATIENCE)
             if failures == 3:
@@ -2189,8 +2077,8 @@ class ServerPgen:
 
     def rest(self, server: Server, failure: Exception, failures: int) -> None:
         """Leave a server alone for a while; another one is asked at once."""
-        pause = random.uniform(0.25, 0.5) * 2 ** min(failures, 10)
-        pause = max(min(pause, LONGEST_PAUSE), retry_after(failure))
+        pause = min(random.uniform(0.25, 0.5) * 2**failures, LONGEST_PAUSE)
+        pause = max(pause, retry_after(failure))
         now = time.monotonic()
         server.rests_until = now + pause
         if all(other.rests_until > now for other in self.servers):
@@ -2215,7 +2103,6 @@ class ServerPgen:
         unset: Any = openai.NOT_GIVEN
         # One token is the letter of a skill, for --verify.
         is_letter = limit == 1
-        temperature = retry_temperature(self.temperature, tries)
         schema = {"name": "dialogue", "strict": True, "schema": DIALOGUE_SCHEMA}
         form: Any = {"type": "json_schema", "json_schema": schema}
         thinking = {"enable_thinking": False}
@@ -2224,7 +2111,9 @@ class ServerPgen:
         completion = server.client.chat.completions.create(
             model=self.model,
             messages=messages,
-            temperature=0.0 if is_letter else temperature,
+            temperature=0.0
+            if is_letter
+            else retry_temperature(self.temperature, tries),
             top_p=TOP_P,
             max_tokens=limit,
             seed=unset if self.seed is None else seed,
@@ -2336,16 +2225,12 @@ class Annotator:
         pgen: the model.
         batch_size: samples in one call; requests under way for a server.
         verify: whether each user prompt is checked to lead to its skill.
-        seed: of the order in which --verify lists the skills.
     """
 
-    def __init__(
-        self, pgen: Pgen, batch_size: int, verify: bool = False, seed: int = 0
-    ):
+    def __init__(self, pgen: Pgen, batch_size: int, verify: bool = False):
         self.pgen = pgen
         self.batch_size = batch_size
         self.verify = verify
-        self.seed = seed
         self.progress = Progress()
         # What the threads of a server's requests share is changed under this lock.
         self.lock = threading.Lock()
@@ -2418,10 +2303,8 @@ class Annotator:
     def ask(self, batch: Sequence[Request]) -> tuple[Dialogues, list[Request]]:
         """Ask once about each request: what is finished, what is asked again."""
         asked = [request for request in batch if request.views is not None]
-        texts: list[str] = []
-        if asked:
-            inputs = [request.prepared for request in asked]
-            texts = self.pgen.answer(inputs, tries=asked[0].tries)
+        inputs = [request.prepared for request in asked]
+        texts = self.pgen.answer(inputs, asked[0].tries) if asked else []
         for request, text in zip(asked, texts, strict=True):
             request.dialogue = parse_answer(text)
             request.fault = check_dialogue(request.dialogue, request.sample)
@@ -2432,10 +2315,11 @@ class Annotator:
             again = [request for request in batch if self.settle(request, finished)]
             reasons = [x for x in self.progress.failed.values() if x != NO_IMAGE]
         if not self.skills_of_prompts and len(reasons) >= HOPELESS:
-            raise RunError(
-                f"the first {HOPELESS} samples all failed: {reasons[-1]}; the model "
-                f"answered {''.join(texts[-1:])[:300]!r}; try another --model"
+            answer = f"the model answered {''.join(texts[-1:])[:300]!r}"
+            problem = (
+                f"the first {HOPELESS} samples all failed: {reasons[-1]}; {answer}"
             )
+            raise RunError(f"{problem}; try another --model")
         return finished, again
 
     def verify_answers(self, requests: Sequence[Request]) -> None:
@@ -2466,7 +2350,7 @@ class Annotator:
 
     def list_options(self, sample: Sample) -> list[str]:
         """The skills of a sample's episode, shuffled, as many as have labels."""
-        shuffler = random.Random(f"{self.seed} {sample.index}")
+        shuffler = random.Random(sample.index)
         others = [x for x in sample.episode_skills if x != sample.skill_current]
         shuffler.shuffle(others)
         listed = [sample.skill_current, *others[: len(OPTION_LABELS) - 1]]
@@ -2515,20 +2399,18 @@ def call_in_threads(
     """Call a function with each item in threads, and yield what comes.
 
     At most `limit` results wait to be taken, if it is not 0. The threads do not hold up
-    the end of the process, as those of ThreadPoolExecutor do: an interrupted run would
-    hang until the server has answered. The first error is raised once all that has come
-    was yielded.
+    the end of the process, as those of ThreadPoolExecutor do. The first error is raised
+    once all that has come was yielded.
     """
     lock = threading.Lock()
     done: queue.Queue[Any] = queue.Queue(limit)
     end = object()
-    is_over = threading.Event()
 
     def work() -> None:
         try:
             while True:
                 with lock:
-                    item = end if is_over.is_set() else next(items, end)
+                    item = next(items, end)
                 if item is end:
                     break
                 done.put(call(item))
@@ -2552,7 +2434,7 @@ def call_in_threads(
     finally:
         # A thread may be about to take another item, or wait for room.
         with lock:
-            is_over.set()
+            items = iter(())
         while not done.empty():
             done.get()
     if errors:
@@ -2577,7 +2459,6 @@ class Journal:
     """
 
     def __init__(self, path: Path):
-        self.path = path
         self.synced_at = time.monotonic()
         self.failure = f"{path}: cannot be written"
         with errors_as(RunError, self.failure, DISK_REMEDY):
@@ -2591,18 +2472,14 @@ class Journal:
         with errors_as(RunError, self.failure, DISK_REMEDY):
             if self.file.write(content) != len(content):
                 raise OSError("the disk is full")
-        if time.monotonic() - self.synced_at >= 1:
-            self.sync()
-
-    def sync(self) -> None:
-        """Wait until all is on the disk."""
-        with errors_as(RunError, self.failure, DISK_REMEDY):
-            os.fsync(self.file.fileno())
-        self.synced_at = time.monotonic()
+            if time.monotonic() - self.synced_at >= 1:
+                os.fsync(self.file.fileno())
+                self.synced_at = time.monotonic()
 
     def close(self) -> None:
         """Put all on the disk and close the file."""
-        self.sync()
+        with errors_as(RunError, self.failure, DISK_REMEDY):
+            os.fsync(self.file.fileno())
         self.file.close()
 
 
@@ -2640,10 +2517,7 @@ def lock_work_dir(work_dir: Path) -> Iterator[None]:
         work_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        remedy = "wait for it, or name another --output-dir"
-        raise InputError(
-            f"{work_dir}: another run is at work there; {remedy}"
-        ) from None
+        raise InputError(f"{work_dir}: another run is at work; wait for it") from None
     except OSError as error:
         raise InputError(f"--output-dir: {error}; name another folder") from error
     try:
@@ -2707,15 +2581,13 @@ def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def fingerprint(value: Any) -> str:
     """Sixteen hexadecimal digits that stand for a value of JSON."""
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def json_line(entry: dict[str, Any]) -> str:
     """An entry on one line, also for readers that end lines at U+2028 and the like."""
     text = json.dumps(entry, ensure_ascii=False)
-    escaped = CONTROL_CHARACTER.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    return escaped + "\n"
+    return CONTROL_CHARACTER.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -2729,15 +2601,13 @@ def write_text(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------- ranks
 # The processes that torchrun started share the work through torchrun's own store.
 
-POLL_SECONDS = 0.2
 LOST_LAUNCH = "the processes of this launch have lost each other"
 
 
 class Launch:
     """The processes of one launch, and the key-value store that they meet in.
 
-    Without torchrun it is one process of rank 0, and the store is not needed. The
-    store is polled: a blocking call would not answer a signal.
+    Without torchrun it is one process. The store is polled, so that signals are heard.
     """
 
     def __init__(self) -> None:
@@ -2764,26 +2634,22 @@ class Launch:
         """Wait for a message."""
         with errors_as(RunError, LOST_LAUNCH, RESUME_REMEDY):
             while not self.store.check([key]):
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.2)
             return json.loads(self.store.get(key))
 
 
 def deal_samples(
     launch: Launch, settings: Settings, samples: Sequence[Sample], again: bool
 ) -> Sequence[Sample]:
-    """As rank 0, send every other rank its part of the samples, and keep the first.
+    """As rank 0, send every other rank its stretch of the samples, and keep the first.
 
-    A part is a stretch, so that ranks read different files. `again` says whether there
-    are dialogues already.
+    `again` says whether there are dialogues already.
     """
-    bounds = [
-        len(samples) * i // launch.world_size for i in range(launch.world_size + 1)
-    ]
-    for rank in range(1, launch.world_size):
-        indices = [x.index for x in samples[bounds[rank] : bounds[rank + 1]]]
-        message = {"settings": settings, "again": again, "indices": indices}
+    parts = np.array_split([sample.index for sample in samples], launch.world_size)
+    for rank, part in enumerate(parts[1:], 1):
+        message = {"settings": settings, "again": again, "indices": part.tolist()}
         launch.send(f"part-{rank}", message)
-    return samples[: bounds[1]]
+    return samples[: len(parts[0])]
 
 
 def run_as_worker(args: argparse.Namespace, launch: Launch) -> None:
@@ -2896,19 +2762,17 @@ def assign_dialogues(plan: Plan, dialogues: Dialogues) -> dict[int, Sample]:
                     there[sample.index] = fitting[number % len(fitting)]
         if not there:
             hopeless.append(episode.episode_index)
-        for sample in episode.samples if there else ():
+            continue
+        latest: dict[Any, Sample] = {"any": next(iter(there.values()))}
+        for sample in episode.samples:
+            lender = there.get(sample.index) or latest.get(sample.aim, latest["any"])
+            carried[sample.index] = lender
             if sample.index in there:
-                carried[sample.index] = there[sample.index]
-                continue
-            earlier = [there[index] for index in there if index < sample.index]
-            alike = [lender for lender in earlier if lender.aim == sample.aim]
-            nearest = [*earlier, *alike] or list(there.values())[:1]
-            carried[sample.index] = nearest[-1]
+                latest["any"] = lender
+                latest[sample.aim] = lender
     if hopeless:
-        raise RunError(
-            f"no valid dialogue for episode {name_some(hopeless)}, nor elsewhere for "
-            "its skills and task; run again, or with another --model and --overwrite"
-        )
+        problem = f"no dialogue for the skills of episode {name_some(hopeless)}"
+        raise RunError(f"{problem}; run again, or with another --model and --overwrite")
     return carried
 
 
@@ -2927,17 +2791,15 @@ def build_results(plan: Plan, dialogues: Dialogues) -> Results:
     carried = assign_dialogues(plan, dialogues)
     columns = ["user_prompt", "robot_utterance", "skill_current"]
     columns += ["scenario_type", "response_type"]
-    rows: dict[tuple[str, ...], int] = {}
-    row_of_sample = {}
-    annotations = []
-    for sample in plan.samples:
-        if sample.index in dialogues:
-            line = annotation_line(sample, dialogues[sample.index])
-            # Rows are counted as they are first seen, in dataset order.
-            line[COLUMN] = rows.setdefault(tuple(line[x] for x in columns), len(rows))
-            row_of_sample[sample.index] = line[COLUMN]
-            annotations.append(line)
-    tasks = pd.DataFrame(list(rows), columns=columns)
+    done = [sample for sample in plan.samples if sample.index in dialogues]
+    annotations = [annotation_line(sample, dialogues[sample.index]) for sample in done]
+    table = pd.DataFrame(annotations)[columns]
+    # Rows are counted as they are first seen, in dataset order.
+    rows = table.groupby(columns, sort=False).ngroup().tolist()
+    for line, row in zip(annotations, rows, strict=True):
+        line[COLUMN] = row
+    row_of_sample = {x.index: row for x, row in zip(done, rows, strict=True)}
+    tasks = table.drop_duplicates(ignore_index=True)
     tasks = tasks.rename(columns={"skill_current": "skill"})
     tasks.insert(0, "task_index", range(len(tasks)))
     parts = []
@@ -2958,16 +2820,12 @@ def summarize(plan: Plan, annotations: Sequence[Line], late_frames: int) -> Rows
     """Count what the summary, the card and the page say of the dialogues, in words."""
     total = len(annotations)
     prompts = Counter(line["user_prompt"] for line in annotations)
-    pairs = {(line["user_prompt"], line["robot_utterance"]) for line in annotations}
-    sentence, count = prompts.most_common(1)[0]
     late_share = late_frames / plan.frame_count
     figures = [
         ("dialogues", f"{total:,}"),
         ("frames", f"{plan.frame_count:,}"),
         ("frames with another skill's dialogue", f"{late_share:.1%}"),
-        ("different pairs", f"{len(pairs):,} of {total:,}"),
         ("different user prompts", f"{len(prompts):,} of {total:,}"),
-        ("most frequent user prompt", f'"{one_line(sentence)}", {count:,} times'),
         ("scenario types", count_values(line["scenario_type"] for line in annotations)),
         ("response types", count_values(line["response_type"] for line in annotations)),
     ]
@@ -3070,12 +2928,10 @@ def describe_column(metadata: dict[bytes, bytes] | None) -> dict[bytes, bytes]:
     A file that pandas has written has no such description.
     """
     described = dict(metadata or {})
-    try:
+    if b"huggingface" in described:
         content = json.loads(described[b"huggingface"])
         content["info"]["features"][COLUMN] = {"dtype": "int64", "_type": "Value"}
-    except (KeyError, ValueError, TypeError):
-        return described
-    described[b"huggingface"] = json.dumps(content).encode()
+        described[b"huggingface"] = json.dumps(content).encode()
     return described
 
 
@@ -3109,9 +2965,10 @@ MAX_PAGE_TIMELINES = 6
 MAX_PAGE_TEXT = 1000  # Characters; what is longer is cut.
 THUMBNAIL_WIDTH = 320  # Pixels, of a single view; several views share its area.
 
+# Every value is escaped. Text from a dataset or a model stands in <bdi>: it keeps its
+# own writing direction, and the search looks for words there and nowhere else. The
+# script shows the filters: without it they would do nothing.
 PAGE = """\
-{# Every value is escaped. Text from a dataset or a model stands in <bdi>: it keeps its
-   own writing direction, and the search looks for words there and nowhere else. #}
 {% macro rows(pairs) %}
 <dl class="panel figures">
   {% for name, text in pairs %}
@@ -3126,13 +2983,10 @@ PAGE = """\
 {% endmacro %}
 <!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Dialogues of {{ title }}</title>
 <style>{{ style | safe }}</style>
-</head>
-<body>
 <h1>Dialogues of <bdi>{{ title }}</bdi></h1>
 <p class="quiet">What a person might have said to make each skill the right thing to do,
   and what the robot answers, beside the frames that the model saw. A vision-language
@@ -3162,7 +3016,6 @@ PAGE = """\
 
 <h2>Frames and dialogues</h2>
 <p class="quiet">{{ articles | length }} of {{ total }} dialogues, drawn at random.</p>
-{# The script shows the filters: without it they would do nothing. #}
 <form id="filters" hidden>
   {% for name, options in filters.items() if options | length > 1 %}
   <label>{{ name }}
@@ -3207,8 +3060,6 @@ PAGE = """\
   {% endfor %}
 </div>
 <script>{{ script | safe }}</script>
-</body>
-</html>
 """
 
 PAGE_STYLE = """
@@ -3248,13 +3099,11 @@ article img { display: block; width: 100%; border-radius: .5rem; }
 .person, .robot { width: fit-content; max-width: 92%; margin-bottom: .5rem;
   padding: .5rem .85rem; border-radius: 1.1rem; background: var(--person); }
 .robot { background: var(--robot); margin-left: auto; }
-@media (max-width: 40rem) { article, .timeline { grid-template-columns: 1fr; }
-  #filters { position: static; } }
+@media (max-width: 40rem) { article, .timeline { grid-template-columns: 1fr; } }
 """
 
+# It shows the articles that match the filters, which are empty after a reset's event.
 PAGE_SCRIPT = """
-// Shows the articles that match the filters.
-"use strict";
 const form = document.getElementById("filters");
 const selects = [...form.querySelectorAll("select")];
 const articles = [...document.querySelectorAll("article")];
@@ -3275,7 +3124,6 @@ function filter() {
 
 form.addEventListener("input", filter);
 form.addEventListener("submit", (event) => event.preventDefault());
-// The fields are empty only after the event.
 form.addEventListener("reset", () => setTimeout(filter));
 form.hidden = false;
 filter();
@@ -3375,7 +3223,6 @@ def make_timelines(plan: Plan) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------- Hub
 # The card, the rights to write, the upload.
 
-PAPER = "https://arxiv.org/abs/2502.19417"
 RETRY_PAUSES = (1, 5, 20, 60, 120)  # Seconds.
 
 READING = """\
@@ -3391,14 +3238,12 @@ CARD = """\
 
 Each frame has a dialogue that goes with what the robot is doing: what a person might
 have said to bring it about, and what the robot would answer. **The dialogues are
-synthetic**: a vision-language model wrote them, after [Hi Robot]({{ paper }}). Nobody
-said them, and nobody has checked them.
+synthetic**: a vision-language model wrote them, after
+[Hi Robot](https://arxiv.org/abs/2502.19417). Nobody said them, and nobody has checked
+them.
 {% if source %}
 It was made from [{{ source }}](https://huggingface.co/datasets/{{ source }}).
 {% endif %}
-- **License:** {{ license or "not known" }}
-- **Paper:** {{ paper }}
-
 ## Dialogues
 
 | | |
@@ -3406,12 +3251,9 @@ It was made from [{{ source }}](https://huggingface.co/datasets/{{ source }}).
 {% for label, value in facts -%}
 | {{ label | cell }} | {{ value | cell }} |
 {% endfor %}
-| scenario | response | skill | user prompt | robot utterance |
-| --- | --- | --- | --- | --- |
-{% for line in examples -%}
-| {{ line.scenario_type | cell }} | {{ line.response_type | cell }} \
-| {{ line.skill_current | cell }} | {{ line.user_prompt | cell }} \
-| {{ line.robot_utterance | cell }} |
+{% for x in examples -%}
+- {{ x.skill_current | cell }}: "{{ x.user_prompt | cell }}"
+  "{{ x.robot_utterance | cell }}"
 {% endfor %}
 ## How to read it
 
@@ -3475,9 +3317,7 @@ def write_card(folder: Path, name: str) -> None:
     environment.filters["cell"] = table_cell
     text = environment.from_string(CARD).render(
         name=name,
-        paper=PAPER,
         source=record["source"],
-        license=data.get("license"),
         facts=[("date", record["date"]), *settings, *record["summary"]],
         examples=annotations[:: math.ceil(len(annotations) / 3)],
         column=COLUMN,
@@ -3502,35 +3342,38 @@ def ask_hub(call: Callable, **arguments: Any) -> Any:
         try:
             return call(**arguments)
         except Exception as error:
-            # The clients raise errors of many libraries; an answer of the Hub may be
-            # attached to the error or to its cause. One that reports an error is false.
-            chain = [error, error.__cause__]
-            answers = [getattr(x, "response", None) for x in chain]
-            statuses = [x.status_code for x in answers if x is not None]
-            modules = [type(x).__module__.partition(".")[0] for x in chain]
-            is_broken = isinstance(error, (ConnectionError, TimeoutError, RuntimeError))
-            is_broken |= not {"httpx", "requests"}.isdisjoint(modules)
-            if not (statuses[0] in (429, *range(500, 600)) if statuses else is_broken):
+            if not is_passing(error):
                 raise
             say(f"the Hub: {str(error)[:99]}; again in {pause} s")
         time.sleep(pause)
     return call(**arguments)
 
 
+def is_passing(error: BaseException | None) -> bool:
+    """Whether an error of the Hub's client, or its cause, is worth another try."""
+    if error is None:
+        return False
+    answer = getattr(error, "response", None)
+    # Compared with None, since an answer that reports an error is false.
+    if answer is not None:
+        return answer.status_code == 429 or answer.status_code >= 500
+    is_broken = type(error).__module__.startswith(("httpx", "requests"))
+    is_broken |= isinstance(error, (ConnectionError, TimeoutError, RuntimeError))
+    return is_broken or is_passing(error.__cause__)
+
+
 def check_target(target: str, source: str | None, private: bool) -> bool:
     """See that the result may be pushed, and whether the target is to be private.
 
     A repository that is not there is made, which shows the right to write, and removed
-    again, so that a run that ends early leaves nothing behind. A private or gated
-    source, or one that is not shown to this user, makes a private target.
+    again. A source that is private, gated or not shown makes a private target.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     on_target = partial(ask_hub, repo_id=target, repo_type="dataset")
-    problem = f"--push-to-hub: cannot write to {target}"
     remedy = "log in with `hf auth login`, or name another --new-repo-id"
-    with errors_as(InputError, problem, remedy):
+    with errors_as(InputError, f"--push-to-hub: {target}: no access", remedy):
         ask_hub(api.whoami)
         if source and not private:
             known = find_repository(source)
@@ -3545,15 +3388,13 @@ def check_target(target: str, source: str | None, private: bool) -> bool:
         on_target(api.preupload_lfs_files, additions=first_step)
         files = on_target(api.list_repo_files)
     if private and not known.private:
-        raise InputError(
-            f"--push-to-hub: {target} is public, but --private is given or {source} is "
-            "private, gated or not shown to this user; make it private"
-        )
+        problem = "is public, but --private is given, or the source is not public"
+        raise InputError(f"--push-to-hub: {target} {problem}; make it private")
     foreign = sorted(set(files) - {".gitattributes", "README.md"})
     if foreign and RECORD.as_posix() not in files:
+        problem = f"holds {name_some(foreign, 3)}, which is not this script's"
         raise InputError(
-            f"--push-to-hub: {target} holds {name_some(foreign, 3)}, which this script "
-            "has not written and would delete; name another --new-repo-id"
+            f"--push-to-hub: {target} {problem}; name another --new-repo-id"
         )
     return private
 
@@ -3572,8 +3413,7 @@ def find_repository(repo_id: str) -> Any:
 def push(folder: Path, target: str, private: bool) -> None:
     """Upload a dataset, and tag it with its version, which LeRobot asks for.
 
-    Files there that are not in the folder are deleted: check_target has seen to it that
-    they are this script's.
+    What is there and not in the folder is deleted: it is ours, see check_target.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
@@ -3658,9 +3498,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
 
 def prepare_job(args: argparse.Namespace) -> Job:
     """Find the source, check it, and plan the job; what is quick to check is first."""
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first:
-        say("loading LeRobot, which takes some ten seconds")
+    say("loading LeRobot, which takes some ten seconds")
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
     root = find_dataset(args)
@@ -3683,8 +3521,7 @@ def prepare_job(args: argparse.Namespace) -> Job:
     elif not args.server and not args.dry_run:
         check_model(model)
     meta = open_dataset(root, args.repo_id)
-    if is_first:
-        say(f"reading {root}")
+    say(f"reading {root}")
     plan = make_plan(
         dataset=meta,
         sample_interval=args.sample_interval,
@@ -3702,12 +3539,9 @@ def prepare_job(args: argparse.Namespace) -> Job:
 def make_settings(args: argparse.Namespace, plan: Plan, model: str) -> Settings:
     """All that the dialogues depend on.
 
-    The URL of a server, the batch size, device and precision may change when a run goes
-    on, and are not among them.
+    The URL of a server, batch size, device and precision may change when a run goes on.
     """
-    asked = []
-    for x in plan.samples:
-        asked.append((x.index, x.timestamp, x.prompt, x.episode_skills))
+    asked = [(x.index, x.timestamp, x.prompt, x.episode_skills) for x in plan.samples]
     if not args.server and Path(model).is_dir():
         model = str(Path(model).resolve())
     sizes = {}
@@ -3740,9 +3574,7 @@ def make_dataset(job: Job, launch: Launch) -> None:
     with lock_work_dir(job.work_dir):
         if is_finished(job.output) and not job.args.overwrite:
             raise InputError(f"{job.output}: another run has just finished it")
-        known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
-        progress = generate_missing(job, launch, job.plan.samples, known)
-        dialogues = read_journals(job.work_dir, job.settings)
+        dialogues, progress = generate_missing(job, launch, job.plan.samples)
         results = build_results(job.plan, dialogues)
         say(f"writing {job.output}")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -3755,8 +3587,7 @@ def make_dataset(job: Job, launch: Launch) -> None:
             "source_card": read_card(job.plan.source.root),
         }
         write_text(fresh / RECORD, json.dumps(record, indent=4))
-        page = fresh / "meta" / "dialogues.html"
-        write_page(page, job, dialogues, results.summary)
+        write_page(fresh / "meta" / "dialogues.html", job, dialogues, results.summary)
         write_card(fresh, job.name)
         with errors_as(RunError, f"{fresh}: does not read back", DISK_REMEDY):
             LeRobotDatasetMetadata(job.name, root=fresh)
@@ -3766,9 +3597,10 @@ def make_dataset(job: Job, launch: Launch) -> None:
 
 
 def generate_missing(
-    job: Job, launch: Launch, samples: Sequence[Sample], known: Dialogues
-) -> Progress:
-    """As rank 0, generate what is not known yet, and count what all ranks did."""
+    job: Job, launch: Launch, samples: Sequence[Sample]
+) -> tuple[Dialogues, Progress]:
+    """As rank 0, generate what is not there yet, and count what all ranks did."""
+    known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
     missing = [sample for sample in samples if sample.index not in known]
     part = deal_samples(launch, job.settings, missing, again=bool(known))
     say(f"{len(samples) - len(missing)} of {len(samples)} dialogues are there already")
@@ -3778,17 +3610,16 @@ def generate_missing(
     add_reports(launch, progress)
     for place, reason in progress.failed.items():
         say(f"failed: {place}: {reason}")
-    return progress
+    return read_journals(job.work_dir, job.settings), progress
 
 
 def generate_part(
     job: Job, launch: Launch, samples: Sequence[Sample], known: Dialogues, again: bool
 ) -> Progress:
     """Generate samples into the journal of this process, and count them."""
-    args = job.args
     pgen = load_model(job, launch, again)
-    annotator = Annotator(pgen, args.batch_size, args.verify, job.settings["seed"])
-    if args.verify and launch.rank == 0:
+    annotator = Annotator(pgen, job.args.batch_size, job.args.verify)
+    if job.args.verify and launch.rank == 0:
         annotator.try_verification(job.plan.samples)
     path = job.work_dir / journal_name(job.settings, launch.rank)
     bar = tqdm(total=len(samples), unit="sample", disable=launch.rank > 0)
@@ -3810,23 +3641,21 @@ def load_model(job: Job, launch: Launch, again: bool) -> Pgen:
     """
     args = job.args
     if args.server:
-        model = job.settings["model"]
         seed = None if again else args.seed
+        model = job.settings["model"]
         server = ServerPgen(args.server, model, args.temperature, seed)
         longest = max(job.plan.samples, key=lambda sample: len(sample.prompt))
         server.check(len(job.plan.camera_keys), longest)
         return server
     import torch
 
-    if launch.rank == 0:
-        say(f"loading {args.model}, which may take minutes")
+    say(f"loading {args.model}, which may take minutes")
     device = args.device
     if device == "cuda" and launch.world_size > 1:
         device = f"cuda:{launch.local_rank % max(1, torch.cuda.device_count())}"
     pgen = QwenPgen(args.model, device, args.dtype, args.temperature)
-    salt = time.time_ns() if again else 0
-    drawn = random.Random(f"{job.settings['seed']} {launch.rank} {salt}")
-    torch.manual_seed(drawn.getrandbits(63))
+    seed = f"{job.settings['seed']} {launch.rank} {time.time_ns() if again else 0}"
+    torch.manual_seed(random.Random(seed).getrandbits(63))
     return pgen
 
 
@@ -3837,9 +3666,7 @@ def preview(job: Job, launch: Launch) -> None:
     """
     samples = draw_samples(job.plan.samples, job.args.preview)
     with lock_work_dir(job.work_dir):
-        known = take_up_work(job.work_dir, job.settings, job.args.overwrite)
-        progress = generate_missing(job, launch, samples, known)
-        known = read_journals(job.work_dir, job.settings)
+        known, progress = generate_missing(job, launch, samples)
     shown = [sample for sample in samples if sample.index in known]
     if not shown:
         raise RunError("no valid dialogue for any sample; try another --model")
@@ -3881,7 +3708,6 @@ def describe_settings(settings: Settings) -> Rows:
 def print_plan(job: Job) -> None:
     """Print what would be done, a chat for each scenario, and what looks wrong."""
     plan = job.plan
-    known = read_journals(job.work_dir, job.settings)
     late_share = count_late_frames(plan) / plan.frame_count
     rows = [
         ("new dataset", job.output),
@@ -3889,7 +3715,6 @@ def print_plan(job: Job) -> None:
         ("frames", plan.frame_count),
         ("frames with another skill's dialogue", f"{late_share:.1%}"),
         ("samples", len(plan.samples)),
-        ("dialogues there already", len(known)),
         ("scenario types", count_values(x.scenario_type for x in plan.samples)),
         ("response types", count_values(x.response_type for x in plan.samples)),
     ]
@@ -3938,84 +3763,59 @@ def make_parser() -> ArgumentParser:
     """The flags, with their defaults."""
     parser = ArgumentParser(
         prog="annotate_pgen.py",
-        description=__doc__,
+        description=(__doc__ or "").partition("There are two doors")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--repo-id", metavar="USER/NAME", help="dataset on the Hub")
-    data.add_argument("--data-dir", type=Path, help="dataset in a local folder")
-    data.add_argument("--revision", help="branch, tag or commit on the Hub, else main")
-    data.add_argument(
-        "--num-image-views-per-sample", type=int, default=1, help="number of cameras, 1"
-    )
-    data.add_argument("--camera-keys", nargs="+", metavar="KEY", help="which cameras")
-    data.add_argument(
-        "--sample-interval", type=float, default=1.0, help="seconds, 1.0 by default"
-    )
-    data.add_argument(
-        "--align-skills", action="store_true", help="start the grid anew at each skill"
-    )
-    data.add_argument(
-        "--task-as-skill", action="store_true", help="the task for lack of skills"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        help=f"Qwen VL model, Hub id or folder, else {DEFAULT_MODEL}; with --server "
-        "the served name, else the only one served",
-    )
-    model.add_argument(
-        "--server",
-        nargs="+",
-        metavar="URL",
-        help="servers that speak OpenAI's chat completions (http://localhost:8000/v1), "
-        f"in place of a model in this process; a key is taken from {KEY_VARIABLE}",
-    )
-    model.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu, auto")
-    model.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32")
-    )
-    generation = parser.add_argument_group("generation")
-    generation.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the likeliest words"
-    )
-    generation.add_argument(
-        "--batch-size",
+    add = parser.add_argument
+    add("--repo-id", metavar="USER/NAME", help="dataset on the Hub")
+    add("--data-dir", type=Path, help="dataset in a local folder")
+    add("--revision", help="branch, tag or commit on the Hub, else main")
+    add(
+        "--num-image-views-per-sample",
         type=int,
-        help=f"samples at once, else {DEFAULT_BATCH_SIZE}, halved when GPU memory runs "
-        f"out; with --server requests under way, else {DEFAULT_REQUESTS}",
+        default=1,
+        help="number of cameras (1)",
     )
-    generation.add_argument(
-        "--verify", action="store_true", help="let the model judge which skill is meant"
+    add("--camera-keys", nargs="+", metavar="KEY", help="which cameras, by name")
+    add("--sample-interval", type=float, default=1.0, help="seconds (1.0)")
+    add("--align-skills", action="store_true", help="sample each skill from its start")
+    add("--task-as-skill", action="store_true", help="where skills lack, take the task")
+    model = f"Qwen VL model, Hub id or folder, else {DEFAULT_MODEL}; "
+    model += "with --server the served name, else the only one served"
+    add("--model", help=model)
+    server = (
+        "servers that speak OpenAI's chat completions, as http://localhost:8000/v1, "
     )
-    generation.add_argument(
-        "--seed", type=int, help="of all random choices; sent to servers if given"
+    server += f"in place of a model in this process; a key is taken from {KEY_VARIABLE}"
+    add("--server", nargs="+", metavar="URL", help=server)
+    add("--device", default="cuda", help="cuda, cuda:1, cpu; auto: all GPUs (cuda)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--temperature", type=float, default=0.7, help="0 takes the likeliest (0.7)")
+    batch_size = f"samples at once, else {DEFAULT_BATCH_SIZE}, halved when GPU memory "
+    batch_size += f"runs out; with --server requests at once, else {DEFAULT_REQUESTS}"
+    add("--batch-size", type=int, help=batch_size)
+    add("--verify", action="store_true", help="ask again where another skill is heard")
+    add("--seed", type=int, help="of all random choices; sent to servers if given")
+    add("--output-dir", type=Path, help=f"else <source>{SUFFIX}")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="discard a finished output or other work",
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=Path, help=f"else <source>{SUFFIX}")
-    output.add_argument(
-        "--overwrite", action="store_true", help="discard what other settings have made"
-    )
-    output.add_argument("--push-to-hub", action="store_true", help="upload the result")
-    output.add_argument("--new-repo-id", metavar="USER/NAME", help="where to")
-    output.add_argument("--private", action="store_true", help="make it private there")
-    output.add_argument("--dry-run", action="store_true", help="print plan and prompts")
-    output.add_argument(
-        "--preview", type=int, metavar="N", help="show N dialogues only"
-    )
-    output.add_argument("--debug", action="store_true", help="show tracebacks")
+    add("--push-to-hub", action="store_true", help="upload the result")
+    add("--new-repo-id", metavar="USER/NAME", help=f"where to, else <repo-id>{SUFFIX}")
+    add("--private", action="store_true", help="make the repository there private")
+    add("--dry-run", action="store_true", help="print the plan and prompts; no model")
+    add("--preview", type=int, metavar="N", help="show N dialogues; write no dataset")
+    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags.
+    """Parse the flags, those of the process if `argv` is None.
 
-    Args:
-        argv: the arguments; those of the process if None.
-
-    Raises:
-        InputError: a flag that no dataset or machine could make usable.
+    It raises InputError for what no dataset or machine could make usable.
     """
     args = make_parser().parse_args(argv)
     if args.model is None and not args.server:

@@ -224,7 +224,7 @@ def one_at_a_time(pgen, plan, count):
     samples = plan.samples[:count]
     for sample, images in zip(samples, ap.read_views(plan, samples), strict=True):
         content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-        chat = ap.make_messages(ap.SYSTEM, sample.examples(), content)
+        chat = ap.make_messages(sample.examples(), content)
         text = pgen.processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = pgen.processor(text=[text], images=images, return_tensors="pt")
         inputs = inputs.to(pgen.model.device)

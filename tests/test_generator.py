@@ -102,7 +102,7 @@ def spy(pgen, method, monkeypatch, limit=1000):
 def last_logits(pgen, batch):
     """What the model makes of prepared samples, float (samples, vocabulary)."""
     with torch.inference_mode():
-        return pgen.model(**pgen.collate(batch)).logits[:, -1]
+        return pgen.model(**pgen.encode(batch)).logits[:, -1]
 
 
 def test_a_batch_equals_single_calls(pgen):
@@ -153,7 +153,8 @@ def test_text_of_a_dataset_is_no_special_token(text, pgen, monkeypatch):
     def special_tokens(said):
         """Those of a frame's chat, and of a question of --verify."""
         prompt = annotate_pgen.construct_prompt(said, [said], said)
-        ids = pgen.prepare(IMAGES[0], prompt)["input_ids"][0].tolist()
+        prepared = pgen.prepare(IMAGES[0], prompt)
+        ids = pgen.encode([prepared])["input_ids"][0].tolist()
         assert "<" in said or annotate_pgen.one_line(said) in tokenizer.decode(ids)
         pgen.choose([(said, [said, "grasp"])])
         ids += calls[-1]["input_ids"][0].tolist()
@@ -469,11 +470,11 @@ def test_verify_lists_the_episodes_skills_in_an_order_of_each_sample(plan):
     names = tuple(f"brick step {number}" for number in range(40))
     samples = samples_of(plan, *[names[7]] * 40, episode_skills=names)
     listed = []
-    for seed in (0, 0, 1):
+    for _ in range(2):
         pgen = ScriptedQwen({})
-        annotate(pgen, plan, samples, verify=True, seed=seed)
+        annotate(pgen, plan, samples, verify=True)
         listed.append(pgen.options)
-    assert listed[0] == listed[1] != listed[2]
+    assert listed[0] == listed[1]
     for options in listed[0]:
         assert len(set(options) & set(names)) == len(options) == 26
     assert len({options.index(names[7]) for options in listed[0]}) > 15

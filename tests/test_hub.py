@@ -218,7 +218,7 @@ def test_foreign_files_are_never_deleted(hub, source, model, tmp_path):
     code, out, err = annotate(copy, model, tmp_path / "out", *push_flags())
     assert (code, out) == (2, ""), err
     assert TARGET in last_line(err)
-    assert "would delete" in last_line(err)
+    assert "not this script's" in last_line(err)
     assert list(tmp_path.iterdir()) == [copy]
     assert repo.files() == before
     assert len(repo.commits) == 1

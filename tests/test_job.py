@@ -503,6 +503,6 @@ def test_figures_of_the_summary():
     }
     summary = ap.build_results(draw_plan("aaab"), dialogues).summary
     assert [value for _, value in summary] == [
-        *("4", "4", "0.0%", "3 of 4", "2 of 4", '"Take it.", 3 times'),
+        *("4", "4", "0.0%", "2 of 4"),
         *("negative_task 4", "confirmation 4", "66.7% of 3"),
     ]

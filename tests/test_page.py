@@ -252,8 +252,8 @@ def test_the_card_keeps_what_the_source_says_of_itself(finished, model):
     assert values["dialogues"] == str(len(annotations(finished)))
     assert values["model"] == model.name
     said = [[x["user_prompt"], x["robot_utterance"]] for x in annotations(finished)]
-    examples = [row[3:] for row in table_rows(card.text) if len(row) == 5]
-    assert sum(example in said for example in examples) >= 2
+    examples = re.findall('^- .*: "(.*)"\n  "(.*)"$', card.text, re.MULTILINE)
+    assert sum(list(example) in said for example in examples) >= 2
 
 
 def test_markdown_of_others_stays_text(hostile, tmp_path):
@@ -263,9 +263,10 @@ def test_markdown_of_others_stays_text(hostile, tmp_path):
     for line in annotations(hostile):
         file.write_text(json.dumps(line) + "\n")
         ap.write_card(output, "somebody/hostile")
-        (*_, row) = table_rows((output / "README.md").read_text(encoding="utf-8"))
+        card = (output / "README.md").read_text(encoding="utf-8")
+        row = re.search('^- (.*): "(.*)"\n  "(.*)"$', card, re.MULTILINE).groups()
         keys = ("skill_current", "user_prompt", "robot_utterance")
-        for cell, key in zip(row[2:], keys, strict=True):
+        for cell, key in zip(row, keys, strict=True):
             # Every other part is a character that was escaped.
             parts = re.split(r"\\([!-/:-@\[-`{-~])", cell)
             plain = parts[::2]
@@ -327,14 +328,8 @@ def test_the_table_of_contents_is_that_of_the_banners():
     assert listed == re.findall(r"(?m)^# -+ ([\w ]+)$", SCRIPT)
 
 
-def declared():
-    """The dependencies in the script's header."""
-    return re.findall(r'"([^"]+)"', SCRIPT.split("# ///")[1].split("dependencies")[1])
-
-
 def test_what_is_imported_is_declared():
     required = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert required == declared()
     imported = set()
     for node in ast.walk(ast.parse(SCRIPT)):
         if isinstance(node, ast.Import):

@@ -60,7 +60,7 @@ def add_to_journal(folder, dialogues, settings=SETTINGS, rank=0):
     for index, dialogue in dialogues.items():
         journal.add({index: dialogue})
     journal.close()
-    return journal.path
+    return folder / ap.journal_name(settings, rank)
 
 
 def test_journal_cut_at_every_byte_of_its_last_line(tmp_path):

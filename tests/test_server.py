@@ -330,8 +330,8 @@ def test_the_key_is_neither_printed_nor_written(chat, dataset, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("models", "flags", "expected"),
     [
-        (["demo"], ["--model", "nope"], "serves demo, and nope is asked for"),
-        (["a", "b"], [], "serves a, b, .*name a served one with --model"),
+        (["demo"], ["--model", "nope"], "serves demo, and not nope"),
+        (["a", "b"], [], "serves a, b, .*name one with --model"),
         (error(404, "Not Found"), [], "Not Found"),
         (Reply(200, "<html>Welcome</html>"), ["--model", "demo"], "/v1"),
     ],
