@@ -104,9 +104,7 @@ class RunError(Exception):
 
 
 @contextmanager
-def errors_as(
-    kind: type[Exception], problem: str, remedy: str, errors: Any = Exception
-) -> Iterator[None]:
+def errors_as(kind: type, problem: str, remedy: str, errors: Any = Exception) -> Any:
     """Report what a library's call raises as one line: its problem and a remedy."""
     try:
         yield
@@ -481,11 +479,7 @@ class Source:
 
 
 def find_dataset(args: argparse.Namespace) -> Path:
-    """Find the folder of a dataset, and download it if it is only on the Hub.
-
-    LeRobot's own local copy is used if no revision is named. Else main is downloaded:
-    skills are added there after LeRobot has set its version tag.
-    """
+    """Find the folder of a dataset, and download main if there is no local copy."""
     from huggingface_hub import snapshot_download
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
@@ -508,11 +502,7 @@ def find_dataset(args: argparse.Namespace) -> Path:
 
 
 def open_dataset(root: Path, repo_id: str | None = None) -> Any:
-    """Open a dataset as LeRobotDatasetMetadata.
-
-    LeRobot turns to the Hub when a file is missing, and fails there with a misleading
-    error. So the folder is checked first.
-    """
+    """Open a dataset, its files checked first: LeRobot would ask the Hub for them."""
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
     tables = sorted(root.glob("meta/episodes/*/*.parquet"))
@@ -555,10 +545,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_source(dataset: Any) -> Source:
-    """Read what the plan needs of a LeRobotDataset or its metadata.
-
-    If it was opened with `episodes=`, only these are wanted.
-    """
+    """Read what the plan needs of a LeRobotDataset, for `episodes=` if it has some."""
     import pandas as pd
 
     meta = getattr(dataset, "meta", dataset)
@@ -639,10 +626,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def check_not_annotated(path: Path) -> None:
-    """Refuse a data file in which frames have their dialogues already.
-
-    Nothing but negative numbers are a placeholder of LeRobot's older annotation tool.
-    """
+    """Refuse dialogues in a data file; negative numbers alone are a placeholder."""
     root = path.parents[2]
     is_there = COLUMN in pq.read_schema(path).names
     if is_there and (read_columns(path, [COLUMN])[COLUMN] >= 0).any():
@@ -657,10 +641,7 @@ def check_not_annotated(path: Path) -> None:
 
 
 def read_names(path: Path, number_column: str) -> dict[int, str]:
-    """Read the names of tasks or subtasks by their number.
-
-    LeRobot writes the names as the index, others as a column.
-    """
+    """Read the names of tasks or subtasks by number, from the index or a column."""
     import pandas as pd
 
     with errors_as(InputError, f"{path}: cannot be read", "restore the file"):
@@ -764,10 +745,7 @@ class SkillSource:
 
 
 def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
-    """Load the skills from the first form that has all wanted episodes.
-
-    With `task_as_skill`, an episode without skills counts as one skill, its task.
-    """
+    """Load the skills from the form that has most of the wanted episodes."""
     forms: dict[str, Found] = {}
     states = []
     damaged = False
@@ -840,10 +818,7 @@ def check_skills(place: str, entries: Any, *texts: str) -> EpisodeSkills:
 def compare_forms(
     source: Source, first: str, ours: Found, other: str, theirs: Found
 ) -> None:
-    """Refuse two forms that differ in names, or in starts by more than a frame.
-
-    LeRobot's annotation tool copies an old skills.json beside its corrections.
-    """
+    """Refuse forms that differ in names or by more than a frame: one is out of date."""
     frame = (1 + TIME_TOLERANCE) / source.fps
     nothing = Skill("", math.inf)
     for index in source.episodes:
@@ -859,10 +834,7 @@ def compare_forms(
 
 
 def leave_out_late(source: Source, form: str, found: Found, notes: list[str]) -> Found:
-    """Leave out skills that start after their episode's end, and note how many.
-
-    Models that segment videos put one there now and then. Many mean another unit.
-    """
+    """Leave out skills that start after the end, as models have them now and then."""
     kept: Found = {}
     late = []
     only_last = True
@@ -911,10 +883,7 @@ def read_skills_file(source: Source) -> Entries:
 
 
 def find_other_version(source: Source) -> list[str]:
-    """A note where skills.json seems to belong to another version of the dataset.
-
-    LeRobot's tools that delete episodes number the others anew.
-    """
+    """A note where skills.json seems to be from before episodes were deleted."""
     episodes = dict(read_json(source.root / SKILLS_FILE)["episodes"])
     off = []
     for index in source.episodes:
@@ -929,10 +898,7 @@ def find_other_version(source: Source) -> list[str]:
 
 
 def episodes_by_file(source: Source, column: str) -> dict[Path, list[EpisodeFrames]]:
-    """The wanted episodes of each data file that has a column.
-
-    meta/info.json goes on declaring columns that LeRobot's tools have dropped.
-    """
+    """The wanted episodes of each data file that has a column."""
     by_file = {}
     for path, episodes in groupby(source.episodes.values(), key=lambda x: x.path):
         if column in pq.read_schema(path).names:
@@ -946,10 +912,7 @@ def seconds_between(first_timestamp: float, timestamp: float | None) -> float | 
 
 
 def read_language_rows(source: Source) -> Entries:
-    """Read the rows of style "subtask" that stand in `language_persistent`.
-
-    LeRobot repeats the list on every frame of the episode: the first frame's is read.
-    """
+    """Read the subtasks that stand in `language_persistent` of each first frame."""
     for path, episodes in episodes_by_file(source, LANGUAGE_COLUMN).items():
         firsts = {episode.first_row: episode for episode in episodes}
         row = 0
@@ -1003,10 +966,7 @@ def read_subtask_names(root: Path) -> dict[int, str]:
 
 
 def read_sarm_columns(source: Source, kind: str) -> Entries:
-    """Read the skills that LeRobot's SARM annotator has put into meta/episodes.
-
-    `kind` is "dense" or "sparse".
-    """
+    """Read what SARM's annotator has put there; `kind` is "dense" or "sparse"."""
     columns = ["episode_index", f"{kind}_subtask_names", f"{kind}_subtask_start_times"]
     for path in sorted(source.root.glob("meta/episodes/*/*.parquet")):
         if not set(columns) <= set(pq.read_schema(path).names):
@@ -1099,10 +1059,7 @@ class EpisodePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job, in dataset order, decided before anything is generated.
-
-    `notes` are sentences that a person should read before it is carried out.
-    """
+    """The whole job, in dataset order, decided before anything is generated."""
 
     episodes: list[EpisodePlan]
     camera_keys: list[str]
@@ -1132,10 +1089,7 @@ class TypeDealer:
         self.decks: dict[tuple[str, ...], list[str]] = {}
 
     def deal(self, skill: str, is_first: bool) -> tuple[str, str]:
-        """Deal a scenario type and a response type that suits it.
-
-        There is nothing yet to correct on an episode's first sample.
-        """
+        """Deal a scenario type, fewer for a first sample, and a response type."""
         forbidden = NOT_ON_FIRST_SAMPLE if is_first else set()
         scenarios = [name for name in SCENARIO_TYPES if name not in forbidden]
         scenario = self.draw((skill, *forbidden), scenarios or list(SCENARIO_TYPES))
@@ -1243,10 +1197,7 @@ def plan_episode(
 
 
 def count_late_frames(plan: Plan, carried: Mapping[int, str] | None = None) -> int:
-    """Count the frames that carry the dialogue of another skill than their own.
-
-    `carried` says for the index of each sample which skill its frames' dialogue is of.
-    """
+    """Count the frames with another skill's dialogue, `carried` by sample index."""
     late = 0
     for episode in plan.episodes:
         shown = np.array(episode.skill_names, dtype=object)[episode.skill_numbers]
@@ -1271,11 +1222,7 @@ Place = tuple[Path, float]
 
 
 class VideoReader:
-    """A video being read, mostly forwards; it raises whatever PyAV raises.
-
-    It seeks only where that takes fewer frames than decoding on. LeRobot's
-    decode_video_frames keeps all frames between the first and the last in memory.
-    """
+    """A video being read, mostly forwards; it raises whatever PyAV raises."""
 
     def __init__(self, path: Path, fps: float):
         self.path = path
@@ -1326,10 +1273,7 @@ def read_image_column(path: Path, camera_key: str) -> Any:
 
 
 def find_places(plan: Plan, samples: Sequence[Sample], camera_key: str) -> list[Place]:
-    """Find the image of a camera for each sample, as LeRobotDataset does.
-
-    Outside of the episode's part of the video are the images of another episode.
-    """
+    """Find the image of a camera for each sample, as LeRobotDataset does."""
     source = plan.source
     places: list[Place] = []
     if camera_key not in source.meta.video_keys:
@@ -1543,10 +1487,7 @@ def own_words(of_robot: bool) -> set[str]:
 
 
 def points_elsewhere(text: str, sample: Sample) -> bool:
-    """Whether a text has more of what sets another skill apart from the sample's.
-
-    A free paraphrase has neither skill's words, and passes.
-    """
+    """Whether a text has more of what sets another skill apart from the sample's."""
     said = stems(text)
     own = stems(sample.skill_current)
     for name in sample.episode_skills:
@@ -1559,10 +1500,7 @@ def points_elsewhere(text: str, sample: Sample) -> bool:
 
 
 def stems(text: str) -> set[str]:
-    """The words of a text that carry its meaning, without common endings.
-
-    Words of one or two letters, and those that half of the examples say, carry none.
-    """
+    """The words of a text that carry its meaning, without common endings."""
     return word_stems(text) - common_stems()
 
 
@@ -1835,10 +1773,7 @@ class QwenPgen:
 
 
 def without_markers(text: str) -> str:
-    """Break up what may be a special token, such as <|im_end|>, </s> or <image>.
-
-    In a dataset's texts it must not end a turn or call for an image.
-    """
+    """Break up what may end a turn or call for an image, as <|im_end|> or <image>."""
     return re.sub(r"<(?=[^<>\s]+>)", "< ", text)
 
 
@@ -2028,10 +1963,7 @@ class ServerPgen:
         return chosen
 
     def ask(self, messages: Any, tries: int, limit: int, servers: list[Server]) -> str:
-        """Send a request until it is answered, to whichever server is free.
-
-        "" is returned if just this request is refused, or fails again and again.
-        """
+        """Send a request until it is answered; "" if just this one is refused."""
         import openai
 
         began = time.monotonic()
@@ -2094,10 +2026,7 @@ class ServerPgen:
             return False
 
     def post(self, server: Server, messages: Any, tries: int, limit: int) -> str:
-        """Send one request. Every setting is sent: a checkpoint's own would hold else.
-
-        It raises openai.APIError, or ValueError for a reply that is no answer.
-        """
+        """Send one request with every setting; raise openai.APIError or ValueError."""
         import openai
 
         unset: Any = openai.NOT_GIVEN
@@ -2238,10 +2167,7 @@ class Annotator:
         self.skills_of_prompts: dict[tuple[int, str], str] = {}
 
     def remember(self, sample: Sample, dialogue: Dialogue | None) -> bool:
-        """Whether a dialogue's user prompt stands for the sample's skill alone.
-
-        It stands for the skill that has it first in the episode.
-        """
+        """Whether a dialogue's user prompt stands for no other skill of the episode."""
         if not dialogue:
             return False
         key = (sample.episode_id, plain_words(dialogue["user_prompt"]))
@@ -2251,10 +2177,7 @@ class Annotator:
     def annotate(
         self, plan: Plan, samples: Sequence[Sample], known: Dialogues | None = None
     ) -> Iterator[Dialogues]:
-        """Generate dialogues of some of a plan's samples, yielded as they come.
-
-        What the known dialogues of other samples say is not said for another skill.
-        """
+        """Generate dialogues of some of a plan's samples, yielded as they come."""
         for sample in plan.samples:
             self.remember(sample, (known or {}).get(sample.index))
         inputs = zip(samples, read_views(plan, samples), strict=True)
@@ -2336,8 +2259,7 @@ class Annotator:
     def recovers(self, pairs: Sequence[tuple[Sample, str]]) -> list[bool]:
         """Whether the model takes each sentence for the skill of its sample.
 
-        Small models prefer some letters: a sentence that is not recovered is asked
-        about again, with the skills in reverse.
+        Small models prefer some letters: a wrong answer is asked for again in reverse.
         """
         questions = [(said, self.list_options(sample)) for sample, said in pairs]
         chosen = self.pgen.choose(questions)
@@ -2489,10 +2411,7 @@ def journal_name(settings: Settings, rank: int | str) -> str:
 
 
 def read_journals(work_dir: Path, settings: Settings) -> Dialogues:
-    """Read the dialogues that were generated with these settings.
-
-    A line that a crash has torn is left out.
-    """
+    """Read what was generated with these settings, but for lines that were torn."""
     dialogues: Dialogues = {}
     for path in sorted(work_dir.glob(journal_name(settings, "*"))):
         for line in path.read_bytes().decode(errors="replace").split("\n"):
@@ -2641,10 +2560,7 @@ class Launch:
 def deal_samples(
     launch: Launch, settings: Settings, samples: Sequence[Sample], again: bool
 ) -> Sequence[Sample]:
-    """As rank 0, send every other rank its stretch of the samples, and keep the first.
-
-    `again` says whether there are dialogues already.
-    """
+    """As rank 0, send every other rank its stretch of the samples, keep the first."""
     parts = np.array_split([sample.index for sample in samples], launch.world_size)
     for rank, part in enumerate(parts[1:], 1):
         message = {"settings": settings, "again": again, "indices": part.tolist()}
@@ -2653,10 +2569,7 @@ def deal_samples(
 
 
 def run_as_worker(args: argparse.Namespace, launch: Launch) -> None:
-    """As another rank: wait for a part, generate it into a journal, and report.
-
-    Rank 0 checks the dataset first, so that bad input is reported once.
-    """
+    """As another rank: wait for a part, generate it into a journal, and report."""
     part = launch.receive(f"part-{launch.rank}")
     progress = Progress()
     if part["indices"]:
@@ -2883,8 +2796,7 @@ def list_files(root: Path) -> Iterator[Path]:
 def add_column(source: Path, target: Path, values: np.ndarray) -> int:
     """Copy a parquet file with the new column, and return its number of rows.
 
-    Row groups, codecs and dictionaries stay. A placeholder of the column is replaced.
-    `values` are those of the column from the file's first row on.
+    Row groups, codecs and dictionaries stay. `values` begin with the file's first row.
     """
     with pq.ParquetFile(source) as parquet:
         schema = parquet.schema_arrow
@@ -2923,10 +2835,7 @@ def add_column(source: Path, target: Path, values: np.ndarray) -> int:
 
 
 def describe_column(metadata: dict[bytes, bytes] | None) -> dict[bytes, bytes]:
-    """Add the new column to the description that `datasets` keeps in parquet files.
-
-    A file that pandas has written has no such description.
-    """
+    """Add the column to what `datasets` says in the parquet files it has written."""
     described = dict(metadata or {})
     if b"huggingface" in described:
         content = json.loads(described[b"huggingface"])
@@ -3194,10 +3103,7 @@ def encode_jpeg(image: Image.Image, quality: int) -> str:
 
 
 def make_timelines(plan: Plan) -> list[dict[str, Any]]:
-    """Lay out the skills and samples of a few episodes, from the first to the last.
-
-    Lengths and places are in percent: of the longest episode, and of their own.
-    """
+    """Lay out skills and samples of a few episodes, in percent of their lengths."""
     chosen = plan.episodes[:: math.ceil(len(plan.episodes) / MAX_PAGE_TIMELINES)]
     longest = max(len(episode.skill_numbers) for episode in chosen)
     timelines = []
@@ -3287,10 +3193,7 @@ def read_card(folder: Path) -> str:
 
 
 def write_card(folder: Path, name: str) -> None:
-    """Write README.md of a finished dataset, from what stands in its folder.
-
-    The text and metadata (licence, tags and so on) of the source's card are kept.
-    """
+    """Write README.md of a finished dataset, with what the source's card says."""
     from huggingface_hub import DatasetCard
 
     record = read_json(folder / RECORD)
@@ -3365,8 +3268,7 @@ def is_passing(error: BaseException | None) -> bool:
 def check_target(target: str, source: str | None, private: bool) -> bool:
     """See that the result may be pushed, and whether the target is to be private.
 
-    A repository that is not there is made, which shows the right to write, and removed
-    again. A source that is private, gated or not shown makes a private target.
+    A repository that is not there is made, which shows the right to write, and removed.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -3411,10 +3313,7 @@ def find_repository(repo_id: str) -> Any:
 
 
 def push(folder: Path, target: str, private: bool) -> None:
-    """Upload a dataset, and tag it with its version, which LeRobot asks for.
-
-    What is there and not in the folder is deleted: it is ours, see check_target.
-    """
+    """Upload a dataset instead of what is there, and tag it as LeRobot asks for."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -3537,10 +3436,7 @@ def prepare_job(args: argparse.Namespace) -> Job:
 
 
 def make_settings(args: argparse.Namespace, plan: Plan, model: str) -> Settings:
-    """All that the dialogues depend on.
-
-    The URL of a server, batch size, device and precision may change when a run goes on.
-    """
+    """All that the dialogues depend on; batch size and the like may change."""
     asked = [(x.index, x.timestamp, x.prompt, x.episode_skills) for x in plan.samples]
     if not args.server and Path(model).is_dir():
         model = str(Path(model).resolve())
@@ -3635,10 +3531,7 @@ def generate_part(
 
 
 def load_model(job: Job, launch: Launch, again: bool) -> Pgen:
-    """Load the model for this process, or connect it to the server.
-
-    Other random numbers are drawn `again`, since what has failed must not be repeated.
-    """
+    """Load the model, or connect to it; `again` draws other random numbers."""
     args = job.args
     if args.server:
         seed = None if again else args.seed
@@ -3660,10 +3553,7 @@ def load_model(job: Job, launch: Launch, again: bool) -> Pgen:
 
 
 def preview(job: Job, launch: Launch) -> None:
-    """Generate a few samples and show them, on stdout and on a page.
-
-    They go into the journal, from which a run with the same settings takes them over.
-    """
+    """Generate a few samples into the journal, and show them on stdout and a page."""
     samples = draw_samples(job.plan.samples, job.args.preview)
     with lock_work_dir(job.work_dir):
         known, progress = generate_missing(job, launch, samples)
@@ -3813,10 +3703,7 @@ def make_parser() -> ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags, those of the process if `argv` is None.
-
-    It raises InputError for what no dataset or machine could make usable.
-    """
+    """Parse the flags, and raise InputError for what cannot be used."""
     args = make_parser().parse_args(argv)
     if args.model is None and not args.server:
         args.model = DEFAULT_MODEL
