@@ -147,7 +147,7 @@ SYSTEM = (
 SCENARIO_TYPES = {
     "specific_object": "a plain request that names the object",
     "negative_task": "a request that says what to leave and what to do",
-    "situated_correction": "a request that starts from what is done or seen now",
+    "situated_correction": "what is done or seen now, and then what to do",
     "implicit_request": "what is seen, and a request that follows from it",
     "constraint_based": "a request that adds with which hand, which one or where",
 }
@@ -273,14 +273,14 @@ scenario: situated_correction
 picture: a scoop of birdseed in the gripper, a feeder to the left of it
 task: feed the sparrows
 steps: fill the scoop with birdseed; move the scoop over the feeder
-person: Good, the scoop is full. Now move it over the feeder.
+person: Good, the scoop is full. Can you move it over the feeder now?
 confirmation: Okay, I'll move the scoop over the feeder.
 clarification: Okay, I'll move the scoop right over the feeder.
 
 picture: a blue flag halfway up its mast, the hand below it
 task: raise the flag
 steps: tie the flag to the mast; lift the flag; pull the flag up to the top
-person: It's only halfway up, so pull the flag to the top.
+person: It's only halfway up, can you pull the flag to the top?
 confirmation: Sure, I'll pull it to the top.
 clarification: Sure, I'll pull it all the way up to the top.
 
@@ -363,7 +363,9 @@ def construct_prompt(
     fields = {
         "picture": picture,
         "task": one_line(task),
-        "history": "; ".join(map(one_line, history[-HISTORY_LENGTH:])),
+        "history": "; ".join(
+            map(one_line, history[max(0, len(history) - HISTORY_LENGTH) :])
+        ),
         "scenario": SCENARIO_TYPES.get(scenario_type, ""),
         "response": RESPONSE_TYPES.get(response_type, ""),
         "skill": one_line(skill),
@@ -421,8 +423,8 @@ def check_prompt() -> None:
         construct_prompt(task="x", history=["x"], skill="x", picture="x")
         construct_verify_prompt("x", ["x"])
     except (KeyError, IndexError, ValueError) as error:
-        remedy = "use the fields of before, and write any other brace twice"
-        raise InputError(f"PROMPT or VERIFY_PROMPT: {error!r}; {remedy}") from error
+        problem = f"PROMPT or VERIFY_PROMPT: {error!r} is no field of before"
+        raise InputError(f"{problem}; write other braces twice") from error
     for scenario in {*SCENARIO_TYPES, *EXAMPLES}:
         pool = EXAMPLES.get(scenario, [])
         unknown = {name for x in pool for name in x.replies} - set(RESPONSE_TYPES)
@@ -578,9 +580,12 @@ def read_source(dataset: Any) -> Source:
     for path in data_files:
         check_file(path)
         part = read_columns(path, FRAME_COLUMNS)
+        if part.isna().any(axis=None):
+            raise InputError(f"{path}: {FRAME_COLUMNS} hold nulls; restore the file")
         check_not_annotated(path)
         parts.append(part.assign(path=path, row=range(len(part))))
-    episodes = find_episodes(pd.concat(parts), table.loc[sorted(wanted), "length"])
+    episodes = find_episodes(pd.concat(parts), table["length"])
+    episodes = {index: x for index, x in episodes.items() if index in wanted}
     missing = sorted(wanted - set(episodes))
     if missing:
         raise InputError(f"{root}/data: lacks episode {name_some(missing)}; restore it")
@@ -589,21 +594,17 @@ def read_source(dataset: Any) -> Source:
 
 
 def find_episodes(frames: pd.DataFrame, lengths: pd.Series) -> dict[int, EpisodeFrames]:
-    """Find the frames of each episode that has a length, by index, in dataset order."""
+    """Find the frames of each episode, by index, in dataset order."""
     frames = frames.reset_index(drop=True)
     episodes = {}
     for index, part in frames.groupby("episode_index", sort=False):
-        if index not in lengths.index:
-            continue
         path = part["path"].iloc[0]
         is_together = (np.diff(part.index) == 1).all() and (part["path"] == path).all()
-        if len(part) != lengths[index] or not is_together:
+        if len(part) != lengths.get(index) or not is_together:
             raise InputError(
                 f"{path}: has not all frames of episode {index} together: there are "
-                f"{len(part)}, and {lengths[index]} in meta/episodes; restore the files"
+                f"{len(part)}, and {lengths.get(index)} in meta/episodes; restore them"
             )
-        if part.isna().any(axis=None):
-            raise InputError(f"{path}: {FRAME_COLUMNS} hold nulls; restore the file")
         place = (path, int(part["row"].iloc[0]), int(part.index[0]))
         episodes[int(index)] = EpisodeFrames(int(index), *place, part)
     return episodes
@@ -782,6 +783,7 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
     kept = leave_out_late(source, name, found, notes)
     for other, theirs in forms.items():
         if other != name and not lacking and len(theirs) == len(found):
+            theirs = leave_out_late(source, other, theirs, notes=[])
             compare_forms(source, name, kept, other, theirs)
     for index in lacking:
         first = source.episodes[index].frames["task_index"].iloc[0]
@@ -852,8 +854,7 @@ def leave_out_late(source: Source, form: str, found: Found, notes: list[str]) ->
     example = f"{skill.name!r:.60} at {skill.start:g} s in episode {index}"
     allowed = len(found) // 5 if len(found) >= 10 else len(found) - 1
     if len(late) > allowed or not only_last:
-        remedy = "correct the times, which are seconds from the episode's first frame"
-        raise InputError(f"{source.root}: {form}: {problem}: {example}; {remedy}")
+        raise InputError(f"{source.root}: {form}: {problem}: {example}; give seconds")
     notes.append(f"{problem} and are left out: {example}")
     return kept
 
@@ -987,7 +988,7 @@ def read_sarm_columns(source: Source, kind: str) -> Entries:
             yield int(index), place, list(zip(names, starts, strict=True))
 
 
-# The forms of skills. The first that has all wanted episodes is read.
+# The forms of skills. The fullest is read, and of equals the first.
 SKILL_READERS: dict[str, Callable[[Source], Entries]] = {
     SKILLS_FILE: read_skills_file,
     "language_persistent (subtask rows)": read_language_rows,
@@ -1201,8 +1202,9 @@ def count_late_frames(plan: Plan, carried: Mapping[int, str] | None = None) -> i
     late = 0
     for episode in plan.episodes:
         shown = np.array(episode.skill_names, dtype=object)[episode.skill_numbers]
-        aims = {sample.index: sample.skill_current for sample in episode.samples}
-        skills = [(carried or aims)[index] for index in aims]
+        skills = [
+            (carried or {}).get(x.index, x.skill_current) for x in episode.samples
+        ]
         heard = np.array(skills, dtype=object).repeat(episode.sample_spans())
         late += int((shown != heard).sum())
     return late
@@ -1479,7 +1481,8 @@ def own_words(of_robot: bool) -> set[str]:
     replies = " | ".join(reply for x in examples for reply in x.replies.values())
     prompts = " | ".join(x.user_prompt for x in examples)
     own, others = (replies, prompts) if of_robot else (prompts, replies)
-    texts = [set(plain_words(text).split()) for text in own.split(" | ")]
+    # "I'll" is I, and so is not "it'll".
+    texts = [set(re.findall(r"(?<!')\b\w+", x.casefold())) for x in own.split(" | ")]
     counts = Counter(word for words in texts for word in words)
     third = max(4, len(texts) / 3)
     common = {word for word, count in counts.items() if count >= third}
@@ -1535,7 +1538,9 @@ def common_stems() -> set[str]:
 MAX_NEW_TOKENS = 128  # Two sentences in JSON take 30 to 60.
 MAX_TRIES = 4
 MAX_PIXELS = 448 * 448  # Of an image: 256 tokens for Qwen2-VL, 196 for Qwen3-VL.
-MODEL_REMEDY = "check the name, the network, and that it is a Qwen VL model"
+MODEL_REMEDY = (
+    "check the name, the network, that it is a Qwen VL model, and that it fits"
+)
 
 
 def make_messages(turns: Turns, content: list[Any]) -> list[Any]:
@@ -1606,7 +1611,9 @@ class QwenPgen:
             eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id
         )
         # A checkpoint of another version of transformers may load and not run.
-        remedy = "try another version of transformers, another --dtype or --device"
+        remedy = (
+            "try another version of transformers, a smaller model, or another device"
+        )
         with errors_as(InputError, f"{problem} run it", remedy):
             trial = self.prepare([Image.new("RGB", (64, 64))], prompt="Hello.")
             self.generate([trial], tries=0, limit=1)
@@ -1830,7 +1837,7 @@ class ServerPgen:
 
     Any server that speaks OpenAI's chat completions will do: vLLM, SGLang, transformers
     serve, Hugging Face Inference Endpoints. A key is read from the environment variable
-    OPENAI_API_KEY. All methods may be called from many threads at once.
+    OPENAI_API_KEY. After check, all may be called from many threads at once.
 
     Args:
         urls: of servers of the same model, such as http://localhost:8000/v1.
@@ -1922,13 +1929,11 @@ class ServerPgen:
                 outcome = f"it answers {answer[:200]!r}" if answer else self.refusal
                 raise InputError(
                     f"--server {server.url}: no answer to a first request (images: "
-                    f"{view_count}) is a dialogue: {outcome}; check the key in "
-                    f"{KEY_VARIABLE}, that the URL ends in /v1, and that the model "
-                    "sees images, has room for the prompt and does not think first"
+                    f"{view_count}) is a dialogue: {outcome}; check {KEY_VARIABLE}, "
+                    "the URL, and that the model sees images and does not think first"
                 )
             if server.left_out:
-                extent = " and response_format" * (server.left_out - 1)
-                say(f"{server.url}: requests are without vLLM's fields{extent}")
+                say(f"{server.url}: requests are without what only vLLM knows")
 
     def prepare(self, images: Views, prompt: str, examples: Turns = ()) -> list[Any]:
         """Turn a sample into the messages of a request.
@@ -2034,8 +2039,7 @@ class ServerPgen:
         is_letter = limit == 1
         schema = {"name": "dialogue", "strict": True, "schema": DIALOGUE_SCHEMA}
         form: Any = {"type": "json_schema", "json_schema": schema}
-        thinking = {"enable_thinking": False}
-        own = {"top_k": TOP_K or -1, "chat_template_kwargs": thinking}
+        own = {"top_k": TOP_K or -1, "chat_template_kwargs": {"enable_thinking": False}}
         seed = random.Random(f"{self.seed} {tries} {messages}").getrandbits(31)
         completion = server.client.chat.completions.create(
             model=self.model,
@@ -2115,6 +2119,7 @@ class Progress:
             ("generated in this run", f"{self.generated:,} ({speed:.2f} samples/s)"),
             ("asked again", f"{self.retried:,}"),
             ("failed", f"{len(self.failed):,}"),
+            *[("note", note) for note in self.notes],
         ]
 
 
@@ -2388,6 +2393,8 @@ class Journal:
 
     def add(self, dialogues: Dialogues) -> None:
         """Write dialogues, given by the index of their frame."""
+        if not dialogues:
+            return
         # Start on a new line: a crash may have torn the last one.
         lines = [json_line(dict(x, index=i)) for i, x in dialogues.items()]
         content = ("\n" + "".join(lines)).encode()
@@ -2492,7 +2499,8 @@ def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
         old = found.get(name)
         new = wanted.get(name)
         if old != new and isinstance(new, dict):
-            return f"another {name} ({first_difference(old or {}, new)})"
+            changed = [x for x in new if (old or {}).get(x) != new[x]]
+            return f"another {name} ({name_some(changed)})"
         if old != new:
             return f"{name} = {old!r:.80}, but this run has {new!r:.80}"
     return "other settings"
@@ -2539,10 +2547,9 @@ class Launch:
             if not 0 <= self.rank < self.world_size:
                 raise ValueError(f"rank {self.rank} of {self.world_size}")
             if self.world_size > 1:
-                from torch.distributed import PrefixStore, rendezvous
+                from torch.distributed import rendezvous
 
-                store, _, _ = next(rendezvous("env://"))
-                self.store = PrefixStore("annotate_pgen", store)
+                self.store, _, _ = next(rendezvous("env://"))
 
     def send(self, key: str, message: dict[str, Any]) -> None:
         """Leave a message in the store."""
@@ -2893,7 +2900,6 @@ PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Dialogues of {{ title }}</title>
 <style>{{ style | safe }}</style>
 <h1>Dialogues of <bdi>{{ title }}</bdi></h1>
@@ -2979,7 +2985,6 @@ PAGE_STYLE = """
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { max-width: 84rem; margin: 0 auto; padding: 2rem 1.25rem; overflow-wrap: anywhere;
   font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-a { color: inherit; }
 h1 { font-size: 1.8rem; line-height: 1.2; }
 h2 { font-size: 1.3rem; margin: 2rem 0 .8rem; }
 h3 { font-size: 1rem; grid-column: 1 / -1; }
@@ -3008,7 +3013,6 @@ article img { display: block; width: 100%; border-radius: .5rem; }
 .person, .robot { width: fit-content; max-width: 92%; margin-bottom: .5rem;
   padding: .5rem .85rem; border-radius: 1.1rem; background: var(--person); }
 .robot { background: var(--robot); margin-left: auto; }
-@media (max-width: 40rem) { article, .timeline { grid-template-columns: 1fr; } }
 """
 
 # It shows the articles that match the filters, which are empty after a reset's event.
@@ -3254,7 +3258,7 @@ def ask_hub(call: Callable, **arguments: Any) -> Any:
 
 def is_passing(error: BaseException | None) -> bool:
     """Whether an error of the Hub's client, or its cause, is worth another try."""
-    if error is None:
+    if error is None or "Offline" in type(error).__name__:
         return False
     answer = getattr(error, "response", None)
     # Compared with None, since an answer that reports an error is false.
@@ -3419,10 +3423,9 @@ def prepare_job(args: argparse.Namespace) -> Job:
         model = ServerPgen(args.server, model).model
     elif not args.server and not args.dry_run:
         check_model(model)
-    meta = open_dataset(root, args.repo_id)
     say(f"reading {root}")
     plan = make_plan(
-        dataset=meta,
+        dataset=open_dataset(root, args.repo_id),
         sample_interval=args.sample_interval,
         num_image_views_per_sample=args.num_image_views_per_sample,
         camera_keys=args.camera_keys,
@@ -3563,8 +3566,9 @@ def preview(job: Job, launch: Launch) -> None:
     lines = [annotation_line(sample, known[sample.index]) for sample in shown]
     page = job.output.with_name(job.output.name + ".preview.html")
     summary = summarize(job.plan, lines, count_late_frames(job.plan))
+    dialogues = {sample.index: known[sample.index] for sample in shown}
     notice = f"A preview of {len(lines)} of {len(job.plan.samples)} dialogues."
-    write_page(page, job, known, summary, f"{notice} No dataset yet.")
+    write_page(page, job, dialogues, summary, f"{notice} No dataset yet.")
     for sample, line in zip(shown, lines, strict=True):
         print(f"{sample.place}, {sample.skill_current}")
         print(f"  {sample.scenario_type}, {sample.response_type}")
@@ -3601,7 +3605,6 @@ def print_plan(job: Job) -> None:
     late_share = count_late_frames(plan) / plan.frame_count
     rows = [
         ("new dataset", job.output),
-        ("episodes", len(plan.episodes)),
         ("frames", plan.frame_count),
         ("frames with another skill's dialogue", f"{late_share:.1%}"),
         ("samples", len(plan.samples)),
@@ -3626,8 +3629,6 @@ def print_summary(job: Job, results: Results, progress: Progress) -> None:
     arguments = f'"{job.name}", root="{job.output}", video_backend="pyav"'
     print_rows([("new dataset", job.output), *describe_settings(job.settings)])
     print_rows([*results.summary, *progress.describe()])
-    for note in progress.notes:
-        print(f"note: {note}")
     print(f"\n{READING.format(arguments=arguments)}")
     print(f"\nlook at {job.output / 'meta' / 'dialogues.html'}")
 

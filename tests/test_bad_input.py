@@ -184,6 +184,8 @@ def without(*columns):
         (DATA, lambda frame: frame.assign(episode_index="first"), "episode_index"),
         (DATA, lambda frame: frame.iloc[:100], "all frames of episode 2"),
         (DATA, lambda frame: frame.iloc[:75], "lacks episode 2"),
+        (DATA, lambda frame: frame.replace({"episode_index": {2: 7}}), "episode 7"),
+        (DATA, lambda frame: frame.replace({"episode_index": {2: None}}), "nulls"),
         (DATA, lambda frame: frame.sample(frac=1, random_state=0), "frames of episode"),
         (DATA, lambda frame: frame.assign(task_index_high_level=3), "remove_feature"),
         (DATA, lambda frame: frame.assign(timestamp=np.float32(0) - frame.index), "1"),

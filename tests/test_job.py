@@ -295,7 +295,7 @@ def test_a_fifth_of_the_answers_is_bad(built, dataset, tmp_path, monkeypatch):
     share = sum(line["skill_recovered"] for line in lines) / len(lines)
     summary = dict(record(output)["summary"])
     assert summary["skill recovered"] == f"{share:.1%} of {len(lines)}"
-    assert "note: --verify means little here" in out
+    assert "--verify means little here" in out
 
 
 @pytest.mark.parametrize("flags, sent", [((), None), (("--seed", "0"), 0)])

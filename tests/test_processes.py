@@ -152,7 +152,7 @@ def test_another_prompt_and_model(begun, dataset, model, tmp_path, monkeypatch):
     before = content(left)
     with monkeypatch.context() as patch:
         patch.setattr(ap, "PROMPT", "Do {skill}.")
-        assert "'Do {skill}.'\"); undo" in annotate(dataset, model, output)[2]
+        assert "another prompt (PROMPT); undo" in annotate(dataset, model, output)[2]
     err = annotate(dataset, another, output)[2]
     assert f"made with model = '{model}', but" in err.splitlines()[-1]
     assert content(left) == before
