@@ -318,8 +318,8 @@ picture: a violin on a sofa, its bow to the right of it, both hands free
 task: put the violin away
 steps: pick up the violin with the left hand
 person: Pick up the violin with your left hand, the bow is in the way on the right.
-confirmation: Sure, I'll pick up the violin with my left hand.
-constraint_acknowledgment: Sure, I'll use my left hand and pick up the violin.
+confirmation: Sure, I'll pick it up.
+constraint_acknowledgment: Sure, I'll pick up the violin with my left hand.
 
 picture: an empty rowboat at a jetty, a paddle in the gripper
 task: get the rowboat ready
