@@ -276,6 +276,7 @@ steps: fill the scoop with birdseed; move the scoop over the feeder
 person: Good, the scoop is full. Can you move it over the feeder now?
 confirmation: Okay, I'll move the scoop over the feeder.
 clarification: Okay, I'll move the scoop right over the feeder.
+acknowledgment: Got it, moving the scoop over the feeder.
 
 picture: a blue flag halfway up its mast, the hand below it
 task: raise the flag
@@ -283,6 +284,7 @@ steps: tie the flag to the mast; lift the flag; pull the flag up to the top
 person: It's only halfway up, can you pull the flag to the top?
 confirmation: Sure, I'll pull it to the top.
 clarification: Sure, I'll pull it all the way up to the top.
+acknowledgment: Okay, pulling the flag up to the top.
 
 picture: a parrot eating in its birdcage, the arm reaching inside
 task: feed the parrot
@@ -290,6 +292,7 @@ steps: open the birdcage; give the parrot its seeds; retract the arm from the bi
 person: Nice, the parrot is eating. You can take your arm out of the birdcage.
 confirmation: Okay, I'll take my arm out.
 clarification: Then I'll take my arm out of the birdcage.
+acknowledgment: Alright, taking my arm out of the birdcage.
 
 scenario: implicit_request
 picture: a campfire burning low, a log in the gripper
@@ -1434,12 +1437,8 @@ def check_dialogue(dialogue: Dialogue | None, sample: Sample) -> str:
     for phrase in map(plain_words, NARRATION):
         if f" {phrase} " in f" {plain_words(both)} " and phrase not in told:
             return "it tells of the person or the robot"
-    for sentence in SENTENCE.findall(user_prompt):
-        said = set(plain_words(sentence).split())
-        is_robots = said & own_words(of_robot=True) and not said & own_words(False)
-        # "I'd like a hand" is fine, and "I need to lift it" is not.
-        if is_robots and stems(sentence) & stems(skill):
-            return "the person speaks as the robot"
+    if robot_words() & spoken_words(user_prompt):
+        return "the person speaks as the robot"
     if any(label in both for label in re.findall(r"\w[\w ]+:", PROMPT)):
         return "it repeats the prompt"
     if (stems(both) & example_stems()) - stems(told):
@@ -1475,18 +1474,18 @@ def example_stems() -> set[str]:
 
 
 @cache
-def own_words(of_robot: bool) -> set[str]:
-    """Words that in the examples only the robot says, as I, or the person, as you."""
+def robot_words() -> set[str]:
+    """Words that half of the examples' replies have and no user prompt, as I'll."""
     examples = list(chain(*EXAMPLES.values()))
-    replies = " | ".join(reply for x in examples for reply in x.replies.values())
-    prompts = " | ".join(x.user_prompt for x in examples)
-    own, others = (replies, prompts) if of_robot else (prompts, replies)
-    # "I'll" is I, and so is not "it'll".
-    texts = [set(re.findall(r"(?<!')\b\w+", x.casefold())) for x in own.split(" | ")]
-    counts = Counter(word for words in texts for word in words)
-    third = max(4, len(texts) / 3)
-    common = {word for word, count in counts.items() if count >= third}
-    return common - set(plain_words(others).split())
+    replies = [reply for example in examples for reply in example.replies.values()]
+    counts = Counter(word for text in replies for word in spoken_words(text))
+    common = {x for x, count in counts.items() if count >= max(4, len(replies) / 2)}
+    return common - spoken_words(" ".join(x.user_prompt for x in examples))
+
+
+def spoken_words(text: str) -> set[str]:
+    """The words of a text in lower case; "I'll" is one."""
+    return set(re.findall(r"[\w']+", text.casefold()))
 
 
 def points_elsewhere(text: str, sample: Sample) -> bool:

@@ -190,7 +190,7 @@ zusage: Ja, ich nehme das Buch.
 
 def forget_words():
     """Count the examples' words anew."""
-    for words_of_examples in ("common_stems", "example_stems", "own_words"):
+    for words_of_examples in ("common_stems", "example_stems", "robot_words"):
         getattr(annotate_pgen, words_of_examples).cache_clear()
 
 
@@ -408,9 +408,8 @@ CHECKED = [
     ("English", "Pick it up.", "Okay, pick it up.", "repeats the user prompt"),
     ("English", "Pick it up.", "Okay, I'll pick it up.", NOTHING),
     ("English", "I'll pick it up.", "The brick, okay.", "speaks as the robot"),
-    ("English", "Look. I need to pick it up.", "The brick.", "speaks as the robot"),
-    ("English", "I need you to pick it up.", "The brick, okay.", NOTHING),
-    ("English", "I need it. Pick it up.", "The brick, okay.", NOTHING),
+    ("English", "Look. I'll pick it up.", "The brick.", "speaks as the robot"),
+    ("English", "It'll fall, pick it up.", "The brick, okay.", NOTHING),
     ("Two steps", f"{TASK}, please.", "The brick, okay.", "whole task"),
     ("Two steps", f"Pick it up: {TASK}.", "The brick, okay.", NOTHING),
     ("German", "Noch nicht legen, nur greifen.", "Ich greife den Stein.", NOTHING),
