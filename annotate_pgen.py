@@ -55,7 +55,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain, count, groupby, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -602,7 +602,9 @@ def find_episodes(frames: pd.DataFrame, lengths: pd.Series) -> dict[int, Episode
     episodes = {}
     for index, part in frames.groupby("episode_index", sort=False):
         path = part["path"].iloc[0]
-        is_together = (np.diff(part.index) == 1).all() and (part["path"] == path).all()
+        # In a row among the frames of all files, they are of one if both ends are.
+        is_one_run = part.index[-1] - part.index[0] == len(part) - 1
+        is_together = is_one_run and part["path"].iloc[-1] == path
         if len(part) != lengths.get(index) or not is_together:
             raise InputError(
                 f"{path}: has not all frames of episode {index} together: there are "
@@ -696,7 +698,8 @@ def is_colour(source: Source, camera_key: str, feature: dict[str, Any]) -> bool:
         # gray10le, gray12le and gray16le are depth; yuv420p10le is a fine colour.
         return not str(details.get("video.pix_fmt")).startswith("gray1")
     try:
-        stored = read_image_column(source.data_files[0], camera_key)[0].as_py()
+        file = pq.ParquetFile(source.data_files[0])
+        stored = next(file.iter_batches(1, columns=[camera_key]))[0][0].as_py()
         return Image.open(io.BytesIO(stored["bytes"])).mode[0] not in "IF"
     except Exception:
         # What cannot be opened is refused if it is shown.
@@ -918,18 +921,16 @@ def seconds_between(first_timestamp: float, timestamp: float | None) -> float | 
 def read_language_rows(source: Source) -> Entries:
     """Read the subtasks that stand in `language_persistent` of each first frame."""
     for path, episodes in episodes_by_file(source, LANGUAGE_COLUMN).items():
-        firsts = {episode.first_row: episode for episode in episodes}
+        waiting = deque(episodes)
         row = 0
         # A few rows at a time: the column takes gigabytes when it is decoded whole.
         for batch in pq.ParquetFile(path).iter_batches(256, columns=[LANGUAGE_COLUMN]):
-            for position in range(len(batch)):
-                if row + position not in firsts:
-                    continue
-                episode = firsts[row + position]
+            while waiting and waiting[0].first_row < row + len(batch):
+                episode = waiting.popleft()
                 place = f"{path}: {LANGUAGE_COLUMN} of episode {episode.episode_index}"
                 first_timestamp = episode.frames["timestamp"].iloc[0]
                 entries = []
-                for entry in batch[0][position].as_py() or ():
+                for entry in batch[0][episode.first_row - row].as_py() or ():
                     if entry and entry["style"] == "subtask":
                         start = seconds_between(first_timestamp, entry["timestamp"])
                         entries.append((entry["content"], start))
@@ -980,14 +981,12 @@ def read_sarm_columns(source: Source, kind: str) -> Entries:
             # A single "task" is what the annotator fills in where nobody has annotated.
             if not names or names == ["task"]:
                 continue
+            place = f"{path}: {columns[1]} of episode {index}"
             # The annotator takes an episode's index for its row in the file. In any
             # file but the first that is the row of another episode, or a new one.
             if index is None or len(starts or ()) != len(names):
                 remedy = "bring meta/episodes into one file and annotate again"
-                raise InputError(
-                    f"{columns[1]} of episode {index} is mixed up; {remedy}"
-                )
-            place = f"{path}: {columns[1]} of episode {index}"
+                raise InputError(f"{place} is mixed up; {remedy}")
             yield int(index), place, list(zip(names, starts, strict=True))
 
 
@@ -1027,7 +1026,7 @@ class Sample:
         return construct_prompt(*told, self.scenario_type, self.response_type)
 
     def examples(self, tries: int = 0) -> Turns:
-        """The earlier turns of the chat, others with each try."""
+        """The earlier turns of the chat, in another order with each try."""
         draw = random.Random(self.index).getrandbits(16) + tries
         return choose_examples(self.scenario_type, self.response_type, draw)
 
@@ -1205,9 +1204,8 @@ def count_late_frames(plan: Plan, carried: Mapping[int, str] | None = None) -> i
     late = 0
     for episode in plan.episodes:
         shown = np.array(episode.skill_names, dtype=object)[episode.skill_numbers]
-        skills = [
-            (carried or {}).get(x.index, x.skill_current) for x in episode.samples
-        ]
+        aims = {sample.index: sample.skill_current for sample in episode.samples}
+        skills = [(carried or aims)[index] for index in aims]
         heard = np.array(skills, dtype=object).repeat(episode.sample_spans())
         late += int((shown != heard).sum())
     return late
@@ -1272,9 +1270,29 @@ class VideoReader:
         self.reach = max(self.reach, seconds - self.frame.time)
 
 
-def read_image_column(path: Path, camera_key: str) -> Any:
-    """The images of a camera in a parquet file, as they are stored."""
-    return pq.read_table(path, columns=[camera_key])[camera_key]
+class StoredImages:
+    """The images of a camera in a parquet file, of which it holds one row group."""
+
+    def __init__(self, path: Path, camera_key: str):
+        self.path = path
+        self.camera_key = camera_key
+        self.file = pq.ParquetFile(path)
+        groups = range(self.file.num_row_groups)
+        self.ends = np.cumsum(
+            [self.file.metadata.row_group(i).num_rows for i in groups]
+        )
+        self.group = -1
+        self.table: Any = None
+
+    def image_at(self, row: float) -> Image.Image:
+        """The RGB image in a row of the file."""
+        group = int(np.searchsorted(self.ends, row, "right"))
+        if group != self.group:
+            self.table = self.file.read_row_group(group, [self.camera_key])
+            self.group = group
+        # Counted from the end of the row group.
+        stored = self.table[self.camera_key][int(row - self.ends[group])].as_py()
+        return Image.open(io.BytesIO(stored["bytes"])).convert("RGB")
 
 
 def find_places(plan: Plan, samples: Sequence[Sample], camera_key: str) -> list[Place]:
@@ -1313,9 +1331,7 @@ def find_video_overlaps(source: Source, camera_keys: Sequence[str]) -> list[str]
         pairs = pairwise(places)
         early = [b[3] for a, b in pairs if a[0] == b[0] and b[1] < a[2]]
         if early:
-            problem = (
-                "by meta/episodes, and in LeRobot, these begin with another's images"
-            )
+            problem = "as in LeRobot, these episodes begin with another's images"
             notes.append(f"{key}: {problem}: {name_some(early)}")
     return notes
 
@@ -1323,19 +1339,16 @@ def find_video_overlaps(source: Source, camera_keys: Sequence[str]) -> list[str]
 def read_images(plan: Plan, camera_key: str, places: Iterable[Place]) -> Iterator[Any]:
     """Read the RGB image of a camera at each place; None where it cannot be decoded."""
     is_video = camera_key in plan.source.meta.video_keys
-    reader: VideoReader | None = None
-    # Places come in order, so that the last file is mostly the next one, too.
-    read_column = lru_cache(maxsize=1)(read_image_column)
+    reader: VideoReader | StoredImages | None = None
     for path, position in places:
         # Every decoder has errors of its own, and one bad image must not end a run.
         try:
-            if is_video:
-                if reader is None or reader.path != path:
+            if reader is None or reader.path != path:
+                if is_video:
                     reader = VideoReader(path, plan.source.fps)
-                yield reader.image_at(position)
-            else:
-                stored = read_column(path, camera_key)[int(position)].as_py()
-                yield Image.open(io.BytesIO(stored["bytes"])).convert("RGB")
+                else:
+                    reader = StoredImages(path, camera_key)
+            yield reader.image_at(position)
         except Exception:
             reader = None
             yield None
@@ -1537,9 +1550,7 @@ def common_stems() -> set[str]:
 MAX_NEW_TOKENS = 128  # Two sentences in JSON take 30 to 60.
 MAX_TRIES = 4
 MAX_PIXELS = 448 * 448  # Of an image: 256 tokens for Qwen2-VL, 196 for Qwen3-VL.
-MODEL_REMEDY = (
-    "check the name, the network, that it is a Qwen VL model, and that it fits"
-)
+MODEL_REMEDY = "check the name, the network, and that it is a Qwen VL model that fits"
 
 
 def make_messages(turns: Turns, content: list[Any]) -> list[Any]:
@@ -1610,9 +1621,7 @@ class QwenPgen:
             eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id
         )
         # A checkpoint of another version of transformers may load and not run.
-        remedy = (
-            "try another version of transformers, a smaller model, or another device"
-        )
+        remedy = "try another version of transformers, a smaller model, another device"
         with errors_as(InputError, f"{problem} run it", remedy):
             trial = self.prepare([Image.new("RGB", (64, 64))], prompt="Hello.")
             self.generate([trial], tries=0, limit=1)
@@ -1897,9 +1906,8 @@ class ServerPgen:
         wanted = model or (names[0] if len(names) == 1 else "")
         if wanted in names:
             return wanted
-        problem = (
-            f"serves {name_some(names) or 'no model'}, and not {model or 'only one'}"
-        )
+        served = name_some(names) or "no model"
+        problem = f"serves {served}, and not {model or 'only one'}"
         raise InputError(f"--server {server.url}: {problem}; name one with --model")
 
     def describe(self, error: Exception) -> str:
@@ -2000,10 +2008,8 @@ class ServerPgen:
             is_lost = time.monotonic() - last_answer > SERVER_PATIENCE
             if is_lost or status in (401, 403, 404, 405):
                 raise RunError(f"{problem}; check the server; {RESUME_REMEDY}")
-            if (
-                isinstance(failure, openai.APITimeoutError)
-                and server.answered_at > sent
-            ):
+            is_timeout = isinstance(failure, openai.APITimeoutError)
+            if is_timeout and server.answered_at > sent:
                 # It answers others, so it is only busy.
                 self.timeout = min(2 * self.timeout, SERVER_PATIENCE)
             if failures == 3:
@@ -2013,7 +2019,7 @@ class ServerPgen:
 
     def rest(self, server: Server, failure: Exception, failures: int) -> None:
         """Leave a server alone for a while; another one is asked at once."""
-        pause = min(random.uniform(0.25, 0.5) * 2**failures, LONGEST_PAUSE)
+        pause = min(random.uniform(0.25, 0.5) * 2 ** min(failures, 10), LONGEST_PAUSE)
         pause = max(pause, retry_after(failure))
         now = time.monotonic()
         server.rests_until = now + pause
@@ -2036,6 +2042,7 @@ class ServerPgen:
         unset: Any = openai.NOT_GIVEN
         # One token is the letter of a skill, for --verify.
         is_letter = limit == 1
+        temperature = retry_temperature(self.temperature, tries)
         schema = {"name": "dialogue", "strict": True, "schema": DIALOGUE_SCHEMA}
         form: Any = {"type": "json_schema", "json_schema": schema}
         own = {"top_k": TOP_K or -1, "chat_template_kwargs": {"enable_thinking": False}}
@@ -2043,9 +2050,7 @@ class ServerPgen:
         completion = server.client.chat.completions.create(
             model=self.model,
             messages=messages,
-            temperature=0.0
-            if is_letter
-            else retry_temperature(self.temperature, tries),
+            temperature=0.0 if is_letter else temperature,
             top_p=TOP_P,
             max_tokens=limit,
             seed=unset if self.seed is None else seed,
@@ -2242,11 +2247,9 @@ class Annotator:
             again = [request for request in batch if self.settle(request, finished)]
             reasons = [x for x in self.progress.failed.values() if x != NO_IMAGE]
         if not self.skills_of_prompts and len(reasons) >= HOPELESS:
+            problem = f"the first {HOPELESS} samples all failed: {reasons[-1]}"
             answer = f"the model answered {''.join(texts[-1:])[:300]!r}"
-            problem = (
-                f"the first {HOPELESS} samples all failed: {reasons[-1]}; {answer}"
-            )
-            raise RunError(f"{problem}; try another --model")
+            raise RunError(f"{problem}; {answer}; try another --model")
         return finished, again
 
     def verify_answers(self, requests: Sequence[Request]) -> None:
@@ -2486,9 +2489,7 @@ def read_settings(record: Path) -> dict[str, Any]:
 def other_settings(record: Path, settings: Settings) -> InputError:
     """The error for results that were made with other settings, as a file says."""
     difference = first_difference(read_settings(record), settings)
-    remedy = (
-        "undo the change, name another --output-dir, or discard it with --overwrite"
-    )
+    remedy = "undo the change, name another --output-dir, or discard with --overwrite"
     return InputError(f"{record}: made with {difference}; {remedy}")
 
 
@@ -3257,7 +3258,9 @@ def ask_hub(call: Callable, **arguments: Any) -> Any:
 
 def is_passing(error: BaseException | None) -> bool:
     """Whether an error of the Hub's client, or its cause, is worth another try."""
-    if error is None or "Offline" in type(error).__name__:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if error is None or isinstance(error, OfflineModeIsEnabled):
         return False
     answer = getattr(error, "response", None)
     # Compared with None, since an answer that reports an error is false.
@@ -3297,10 +3300,8 @@ def check_target(target: str, source: str | None, private: bool) -> bool:
         raise InputError(f"--push-to-hub: {target} {problem}; make it private")
     foreign = sorted(set(files) - {".gitattributes", "README.md"})
     if foreign and RECORD.as_posix() not in files:
-        problem = f"holds {name_some(foreign, 3)}, which is not this script's"
-        raise InputError(
-            f"--push-to-hub: {target} {problem}; name another --new-repo-id"
-        )
+        problem = f"{target} holds {name_some(foreign, 3)}, which is not this script's"
+        raise InputError(f"--push-to-hub: {problem}; name another --new-repo-id")
     return private
 
 
@@ -3371,7 +3372,7 @@ def annotate_dataset(args: argparse.Namespace) -> None:
         return
     job = prepare_job(args)
     for note in job.plan.notes:
-        # They are read before the work begins, and stay with the results.
+        # They are read before the work begins.
         print(f"note: {note}")
     is_done = is_finished(job.output) and not args.overwrite
     if args.dry_run or is_done:
@@ -3661,12 +3662,7 @@ def make_parser() -> ArgumentParser:
     add("--repo-id", metavar="USER/NAME", help="dataset on the Hub")
     add("--data-dir", type=Path, help="dataset in a local folder")
     add("--revision", help="branch, tag or commit on the Hub, else main")
-    add(
-        "--num-image-views-per-sample",
-        type=int,
-        default=1,
-        help="number of cameras (1)",
-    )
+    add("--num-image-views-per-sample", type=int, default=1, help="cameras (1)")
     add("--camera-keys", nargs="+", metavar="KEY", help="which cameras, by name")
     add("--sample-interval", type=float, default=1.0, help="seconds (1.0)")
     add("--align-skills", action="store_true", help="sample each skill from its start")
@@ -3674,9 +3670,7 @@ def make_parser() -> ArgumentParser:
     model = f"Qwen VL model, Hub id or folder, else {DEFAULT_MODEL}; "
     model += "with --server the served name, else the only one served"
     add("--model", help=model)
-    server = (
-        "servers that speak OpenAI's chat completions, as http://localhost:8000/v1, "
-    )
+    server = "servers that speak OpenAI's chat completions (http://localhost:8000/v1), "
     server += f"in place of a model in this process; a key is taken from {KEY_VARIABLE}"
     add("--server", nargs="+", metavar="URL", help=server)
     add("--device", default="cuda", help="cuda, cuda:1, cpu; auto: all GPUs (cuda)")
@@ -3688,11 +3682,7 @@ def make_parser() -> ArgumentParser:
     add("--verify", action="store_true", help="ask again where another skill is heard")
     add("--seed", type=int, help="of all random choices; sent to servers if given")
     add("--output-dir", type=Path, help=f"else <source>{SUFFIX}")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="discard a finished output or other work",
-    )
+    add("--overwrite", action="store_true", help="discard finished and other work")
     add("--push-to-hub", action="store_true", help="upload the result")
     add("--new-repo-id", metavar="USER/NAME", help=f"where to, else <repo-id>{SUFFIX}")
     add("--private", action="store_true", help="make the repository there private")
