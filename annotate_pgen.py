@@ -6,9 +6,8 @@ carry skill annotations. For each it invents what a person might have said to br
 about the robot's skill, and what the robot answers. This is the synthetic data
 generation (p_gen) of Hi Robot, arXiv 2502.19417.
 
-There are two doors into this file. To change what the model is asked, edit the tables
-of the first section and look at the outcome with --dry-run. To see the whole job, read
-annotate_dataset. The sections follow the data:
+To change what the model is asked, edit the tables of the first section and look at the
+outcome with --dry-run. The whole job is annotate_dataset. The sections follow the data:
 
   prompt        what the model is asked: the examples, the types, the template
   source        the dataset that is annotated: found, opened, never written
@@ -171,8 +170,10 @@ Action: {skill}"""
 # How the prompt speaks of the two. Nobody speaks so, and such an answer is refused.
 NARRATION = ("the person", "the robot")
 
+# An answer begins with the action, which is not read: a small model keeps to it then.
+ANSWER_KEYS = ["action", "user_prompt", "robot_utterance"]
 # The model goes on from here, so that it writes neither a preamble nor a code fence.
-PREFILL = '{"user_prompt": "'
+PREFILL = '{"action": "'
 
 # There is nothing to correct yet on an episode's first sample.
 NOT_ON_FIRST_SAMPLE = {"situated_correction"}
@@ -240,9 +241,9 @@ person: Could you put the scarf on the snowman, please?
 confirmation: Of course, I'll put the scarf on the snowman.
 acknowledgment: On it, the scarf is going on the snowman.
 
-picture: a ukulele on its peg, the left hand around its neck
+picture: a ukulele on the wall, the left hand around its neck
 task: put the ukulele away
-steps: carry the ukulele to its peg; hang up the ukulele; release the ukulele
+steps: carry the ukulele to the wall; hang up the ukulele; release the ukulele
 person: Nice, it's safe up there. You can let go of the ukulele.
 confirmation: Okay, I'll let go of the ukulele.
 acknowledgment: Got it, letting go of the ukulele.
@@ -255,28 +256,35 @@ person: Leave the green pumpkin, just put the white one into the wheelbarrow.
 acknowledgment: Got it, the white one goes into the wheelbarrow.
 constraint_acknowledgment: I'll leave the green one and put the white pumpkin in.
 
-picture: a white rabbit on a ladder, both hands at the ladder's rails
-task: help the rabbit down
-steps: lean the ladder against the roof; hold the ladder
-person: Don't let go yet, the rabbit is still up there. Keep holding the ladder.
-acknowledgment: Okay, I'm holding the ladder.
-constraint_acknowledgment: I won't let go, I'll hold the ladder for the rabbit.
+picture: a scarecrow upright in a field, both hands around its post
+task: put up the scarecrow
+steps: dig a hole; put the scarecrow's post in; hold the scarecrow
+person: Don't let go yet, the post is still loose. Keep holding the scarecrow.
+acknowledgment: Okay, I'm holding the scarecrow.
+constraint_acknowledgment: I won't let go, I'll hold the scarecrow.
 
 picture: an aquarium with a snail and a goldfish, a fishing net in the gripper
 task: clean the aquarium
 steps: reach into the aquarium; robot scoops up goldfish with fishing net
 person: The snail can stay in there, just scoop up the goldfish with the net.
-acknowledgment: Alright, scooping up the goldfish.
+acknowledgment: Alright, just scooping up the goldfish.
 constraint_acknowledgment: Sure, I'll leave the snail and scoop up the goldfish.
 
+picture: a green tent peg in the ground, a blue one beside it, a mallet in the hand
+task: put up the tent
+steps: knock in the green peg; set up the blue peg; knock in the blue peg
+person: The green peg is fine, don't hit that again. Knock in the blue one.
+acknowledgment: Got it, knocking in the blue peg.
+constraint_acknowledgment: I'll leave the green one and knock in the blue peg.
+
 scenario: situated_correction
-picture: a scoop of birdseed in the gripper, a feeder to the left of it
-task: feed the sparrows
-steps: fill the scoop with birdseed; move the scoop over the feeder
-person: Good, the scoop is full. Can you move it over the feeder now?
-confirmation: Okay, I'll move the scoop over the feeder.
-clarification: Okay, I'll move the scoop right over the feeder.
-acknowledgment: Got it, moving the scoop over the feeder.
+picture: a scoop of gravel in the gripper, a concrete mixer to the left of it
+task: mix some concrete
+steps: fill the scoop with gravel; move the scoop over the mixer
+person: Good, the scoop is full. Can you move it over the mixer now?
+confirmation: Okay, I'll move the scoop over the mixer.
+clarification: Okay, I'll move the scoop right over the mixer.
+acknowledgment: Got it, moving the scoop over the mixer.
 
 picture: a blue flag halfway up its mast, the hand below it
 task: raise the flag
@@ -286,13 +294,13 @@ confirmation: Sure, I'll pull it to the top.
 clarification: Sure, I'll pull it all the way up to the top.
 acknowledgment: Okay, pulling the flag up to the top.
 
-picture: a parrot eating in its birdcage, the arm reaching inside
-task: feed the parrot
-steps: open the birdcage; give the parrot its seeds; retract the arm from the birdcage
-person: Nice, the parrot is eating. You can take your arm out of the birdcage.
+picture: a cuckoo clock that is going, the arm inside its case
+task: wind up the cuckoo clock
+steps: open the case; wind up the cuckoo clock; retract the arm from the cuckoo clock
+person: Nice, it's going. You can take your arm out of the cuckoo clock.
 confirmation: Okay, I'll take my arm out.
-clarification: Then I'll take my arm out of the birdcage.
-acknowledgment: Alright, taking my arm out of the birdcage.
+clarification: Then I'll take my arm out of the cuckoo clock.
+acknowledgment: Alright, taking my arm out of the cuckoo clock.
 
 scenario: implicit_request
 picture: a campfire burning low, a log in the gripper
@@ -306,30 +314,44 @@ picture: a stroller in the sun, its canopy folded back, the hand on it
 task: get the stroller ready
 steps: unfold the stroller; reach for the canopy; pull the canopy over the stroller
 person: The sun is right on the stroller, could you get the canopy over it?
-clarification: Sure, I'll pull the canopy over the stroller so that it's out of the sun.
+clarification: Sure, I'll pull the canopy over the stroller.
 acknowledgment: On it, pulling the canopy over the stroller.
 
-picture: a puppy on a meadow, the hand on its leash
-task: walk the puppy
-steps: bring the puppy outside; reach for the leash; remove the leash from the puppy
-person: There's nobody around, so you can take the leash off the puppy.
-clarification: Okay, then I'll take the leash off the puppy.
-acknowledgment: Alright, I'm taking the leash off the puppy.
+picture: a motorbike under a tarpaulin on a dry road, the hand on the tarpaulin
+task: get the motorbike ready
+steps: reach for the tarpaulin; remove the tarpaulin from the motorbike
+person: It's not raining anymore, so you can take the tarpaulin off the motorbike.
+clarification: Okay, then I'll take the tarpaulin off the motorbike.
+acknowledgment: Alright, I'm taking the tarpaulin off the motorbike.
+
+picture: an open umbrella in a narrow hallway, its handle in the right hand
+task: come in from the rain
+steps: walk into the hallway; robot closes umbrella
+person: There's no need for an open umbrella in here, you can close it.
+clarification: Then I'll close the umbrella.
+acknowledgment: Sure thing, closing the umbrella.
 
 scenario: constraint_based
-picture: a violin on a sofa, its bow to the right of it, both hands free
+picture: a violin on a sofa with the left hand at its neck, its bow on the right
 task: put the violin away
-steps: pick up the violin with the left hand
+steps: pick up the violin
 person: Pick up the violin with your left hand, the bow is in the way on the right.
 confirmation: Sure, I'll pick it up.
 constraint_acknowledgment: Sure, I'll pick up the violin with my left hand.
 
-picture: an empty rowboat at a jetty, a paddle in the gripper
+picture: an empty rowboat at a jetty, a paddle in the gripper above its left side
 task: get the rowboat ready
-steps: pull in the rowboat; pick up the paddle; lay the paddle along the left side
+steps: pull in the rowboat; pick up the paddle; lay the paddle into the rowboat
 person: Good, you've got the paddle. Lay it along the left side of the boat.
-confirmation: Okay, I'll lay it along the left side.
+confirmation: Okay, I'll lay it in there.
 constraint_acknowledgment: Okay, I'll lay the paddle right along the left side.
+
+picture: a bare Christmas tree, a garland in the hand at its top
+task: decorate the Christmas tree
+steps: unpack the garland; hang the garland on the Christmas tree
+person: Can you hang the garland right at the top of the Christmas tree?
+confirmation: Alright, I'll hang it on the Christmas tree.
+constraint_acknowledgment: Got it, the garland goes right at the top.
 
 picture: three beehives in a row, all closed, the arm above them
 task: check the beehives
@@ -393,10 +415,9 @@ def choose_examples(scenario: str = "", response: str = "", draw: int = 0) -> Tu
     turns = []
     for x in (pool[start:] + pool[:start])[:EXAMPLE_COUNT]:
         told = (x.task, x.history, x.skill, scenario, response, x.picture)
-        question = construct_prompt(*told)
-        reply = x.replies[response or next(iter(x.replies))]
-        answer = {"user_prompt": x.user_prompt, "robot_utterance": reply}
-        turns.append((question, json.dumps(answer, ensure_ascii=False)))
+        said = (x.skill, x.user_prompt, x.replies[response or next(iter(x.replies))])
+        answer = dict(zip(ANSWER_KEYS, said, strict=True))
+        turns.append((construct_prompt(*told), json.dumps(answer, ensure_ascii=False)))
     return turns
 
 
@@ -517,11 +538,8 @@ def open_dataset(root: Path, repo_id: str | None = None) -> Any:
     info = read_json(info_file)
     version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
-        remedy = "bring it to v3.0 with the LeRobot that knows it"
-        if version == "v2.1":
-            remedy = "convert it with LeRobot's convert_dataset_v21_to_v30"
+        remedy = "convert it; from v2.1 with LeRobot's convert_dataset_v21_to_v30"
         raise InputError(f"{info_file}: has format {version}, not v3.0; {remedy}")
-    # LeRobot 0.4 takes anything.
     fps = info.get("fps")
     if not isinstance(fps, (int, float)) or not 0 < fps < 1e6:
         raise InputError(f"{info_file}: fps is {fps!r:.50}; mend it")
@@ -757,10 +775,6 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
     states = []
     damaged = False
     for name, read in SKILL_READERS.items():
-        # Dense and sparse annotations are of the same hand and differ by design.
-        dense = forms.get(DENSE_SUBTASKS, {})
-        if name == SPARSE_SUBTASKS and len(dense) == len(source.episodes):
-            continue
         try:
             found: Found = {}
             for index, place, entries, *texts in read(source):
@@ -788,7 +802,9 @@ def load_skills(source: Source, task_as_skill: bool = False) -> SkillSource:
     notes = find_other_version(source) if found and name == SKILLS_FILE else []
     kept = leave_out_late(source, name, found, notes)
     for other, theirs in forms.items():
-        if other != name and not lacking and len(theirs) == len(found):
+        # Sparse skills are coarser than all others.
+        is_alike = other not in (name, SPARSE_SUBTASKS) and len(theirs) == len(found)
+        if is_alike and not lacking:
             theirs = leave_out_late(source, other, theirs, notes=[])
             compare_forms(source, name, kept, other, theirs)
     for index in lacking:
@@ -1277,10 +1293,8 @@ class StoredImages:
         self.path = path
         self.camera_key = camera_key
         self.file = pq.ParquetFile(path)
-        groups = range(self.file.num_row_groups)
-        self.ends = np.cumsum(
-            [self.file.metadata.row_group(i).num_rows for i in groups]
-        )
+        groups = map(self.file.metadata.row_group, range(self.file.num_row_groups))
+        self.ends = np.cumsum([group.num_rows for group in groups])
         self.group = -1
         self.table: Any = None
 
@@ -1328,8 +1342,7 @@ def find_video_overlaps(source: Source, camera_keys: Sequence[str]) -> list[str]
         ends = source.table[f"videos/{key}/to_timestamp"]
         slack = (1 - TIME_TOLERANCE) / source.fps
         places = sorted((paths[i], starts[i], ends[i] - slack, i) for i in paths)
-        pairs = pairwise(places)
-        early = [b[3] for a, b in pairs if a[0] == b[0] and b[1] < a[2]]
+        early = [b[3] for a, b in pairwise(places) if a[0] == b[0] and b[1] < a[2]]
         if early:
             problem = "as in LeRobot, these episodes begin with another's images"
             notes.append(f"{key}: {problem}: {name_some(early)}")
@@ -1464,7 +1477,7 @@ def check_dialogue(dialogue: Dialogue | None, sample: Sample) -> str:
     own = stems(skill) - stems(task)
     if stems(task) and stems(task) <= asked and own and not own & asked:
         return "the user prompt asks for the whole task"
-    if stems(skill) and not stems(reply) & stems(f"{skill} {user_prompt}"):
+    if " " in skill and stems(skill) and not stems(reply) & (stems(skill) | asked):
         return "the reply says nothing of the action"
     # "Okay, I'll lift it" answers "Lift it", and "Okay, lift it" does not.
     repeat = plain_words(user_prompt)
@@ -1535,19 +1548,17 @@ def word_stems(text: str) -> set[str]:
 @cache
 def common_stems() -> set[str]:
     """The words that at least half of the examples say."""
-    counts: Counter[str] = Counter()
-    examples = list(chain(*EXAMPLES.values()))
-    for example in examples:
-        said = " ".join([example.user_prompt, *example.replies.values()])
-        counts.update(word_stems(said))
-    half = max(2, len(examples) / 2)
+    examples = chain(*EXAMPLES.values())
+    texts = [" ".join([x.user_prompt, *x.replies.values()]) for x in examples]
+    counts = Counter(stem for text in texts for stem in word_stems(text))
+    half = max(2, len(texts) / 2)
     return {stem for stem, count in counts.items() if count >= half}
 
 
 # --------------------------------------------------------------------------- generator
 # The model in this process.
 
-MAX_NEW_TOKENS = 128  # Two sentences in JSON take 30 to 60.
+MAX_NEW_TOKENS = 128  # The action and two sentences in JSON take 40 to 75.
 MAX_TRIES = 4
 MAX_PIXELS = 448 * 448  # Of an image: 256 tokens for Qwen2-VL, 196 for Qwen3-VL.
 MODEL_REMEDY = "check the name, the network, and that it is a Qwen VL model that fits"
@@ -1815,11 +1826,10 @@ SERVER_PATIENCE = 600.0  # Seconds without any answer, after which the run ends.
 ANSWER_TIMEOUT = 120.0  # Seconds for an answer; more where the server is only busy.
 LONGEST_PAUSE = 15.0  # Seconds before a failed request is sent again.
 
-DIALOGUE_KEYS = ["user_prompt", "robot_utterance"]
 DIALOGUE_SCHEMA = {
     "type": "object",
-    "properties": {name: {"type": "string"} for name in DIALOGUE_KEYS},
-    "required": DIALOGUE_KEYS,
+    "properties": {name: {"type": "string"} for name in ANSWER_KEYS},
+    "required": ANSWER_KEYS,
     "additionalProperties": False,
 }
 
@@ -2665,24 +2675,25 @@ def assign_dialogues(plan: Plan, dialogues: Dialogues) -> dict[int, Sample]:
 
     Its own, else the nearest earlier one of the episode with the same skill and task,
     else the nearest earlier one, else the nearest later one. An episode in which all
-    samples failed borrows from others: from samples with the same skill and task.
+    samples failed borrows from others: of the same skill and task, else of the skill.
     """
     lenders = defaultdict(list)
     for sample in plan.samples:
         if sample.index in dialogues:
             lenders[sample.aim].append(sample)
+            lenders[sample.skill_current].append(sample)
     carried = {}
-    hopeless = []
     for episode in plan.episodes:
         there = {x.index: x for x in episode.samples if x.index in dialogues}
         if not there:
             for number, sample in enumerate(episode.samples):
-                if lenders[sample.aim]:
-                    fitting = lenders[sample.aim]
+                fitting = lenders[sample.aim] or lenders[sample.skill_current]
+                if fitting:
                     there[sample.index] = fitting[number % len(fitting)]
         if not there:
-            hopeless.append(episode.episode_index)
-            continue
+            problem = f"no dialogue for the skills of episode {episode.episode_index}"
+            remedy = "run again, or with another --model and --overwrite"
+            raise RunError(f"{problem}; {remedy}")
         latest: dict[Any, Sample] = {"any": next(iter(there.values()))}
         for sample in episode.samples:
             lender = there.get(sample.index) or latest.get(sample.aim, latest["any"])
@@ -2690,9 +2701,6 @@ def assign_dialogues(plan: Plan, dialogues: Dialogues) -> dict[int, Sample]:
             if sample.index in there:
                 latest["any"] = lender
                 latest[sample.aim] = lender
-    if hopeless:
-        problem = f"no dialogue for the skills of episode {name_some(hopeless)}"
-        raise RunError(f"{problem}; run again, or with another --model and --overwrite")
     return carried
 
 
@@ -2750,8 +2758,8 @@ def summarize(plan: Plan, annotations: Sequence[Line], late_frames: int) -> Rows
         ("response types", count_values(line["response_type"] for line in annotations)),
     ]
     if plan.skill_source.task_count:
-        count = plan.skill_source.task_count
-        figures.append(("episodes with their task as skill", f"{count:,}"))
+        task_count = f"{plan.skill_source.task_count:,}"
+        figures.append(("episodes with their task as skill", task_count))
     verified = [line for line in annotations if "skill_recovered" in line]
     if verified:
         share = sum(line["skill_recovered"] for line in verified) / len(verified)
@@ -3419,7 +3427,10 @@ def prepare_job(args: argparse.Namespace) -> Job:
         if not is_new and (any(output.iterdir()) or os.path.ismount(output)):
             raise InputError(f"{problem}: is not empty, or a mount point; {remedy}")
     model = args.model
-    if args.server and not (args.dry_run and model):
+    if is_finished(output) and not args.overwrite:
+        # Nothing will be generated, so the model may be gone.
+        model = model or read_settings(output / RECORD)["model"]
+    elif args.server and not (args.dry_run and model):
         model = ServerPgen(args.server, model).model
     elif not args.server and not args.dry_run:
         check_model(model)
@@ -3442,7 +3453,9 @@ def make_settings(args: argparse.Namespace, plan: Plan, model: str) -> Settings:
     """All that the dialogues depend on; batch size and the like may change."""
     asked = [(x.index, x.timestamp, x.prompt, x.episode_skills) for x in plan.samples]
     if not args.server and Path(model).is_dir():
-        model = str(Path(model).resolve())
+        # Whose folder it is in is nobody's business.
+        path = Path(model).resolve()
+        model = f"{path.name} ({fingerprint(str(path))})"
     sizes = {}
     for key in plan.camera_keys:
         for path in {path for path, _ in find_places(plan, plan.samples, key)}:
@@ -3593,9 +3606,6 @@ def describe_settings(settings: Settings) -> Rows:
     names = ["model", "engine", "skill_source", "camera_keys", "sample_interval"]
     names += ["align_skills", "verify", "temperature", "seed"]
     shown = dict(settings, camera_keys=", ".join(settings["camera_keys"]))
-    if Path(settings["model"]).is_absolute():
-        # Whose folder it is in is nobody's business.
-        shown["model"] = Path(settings["model"]).name
     return [(name.replace("_", " "), str(shown[name])) for name in names]
 
 

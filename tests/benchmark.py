@@ -163,7 +163,7 @@ class FixedLengthPgen(ap.QwenPgen):
         self.model.generation_config.min_new_tokens = 40
         super().generate(batch, tries, limit=40)
         answers = [write_answer(next(self.numbers)) for _ in batch]
-        return [answer.removeprefix(ap.PREFILL) for answer in answers]
+        return ['as told", ' + answer.removeprefix("{") for answer in answers]
 
 
 def save_model(folder):

@@ -318,7 +318,7 @@ def make_model(
 
     Every embedding is one-hot and every block adds nothing, so that `lm_head` is the
     table. After `assistant` and a new line, where a turn of its own begins, comes
-    `{"user_prompt": "`, with which QwenPgen opens the turn; then a request, then the
+    `{"action": "`, with which QwenPgen opens the turn; then a request, then the
     key of the answer, then an answer, then `"}` and the end. With `failure_rate` the
     request is as often a broken answer. `generation` goes into the checkpoint's
     generation_config.json.
@@ -332,11 +332,13 @@ def make_model(
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    opening = '{"user_prompt": "'
+    opening = '{"action": "'
+    asked = 'as told", "user_prompt": "'
     middle = '", "robot_utterance": "'
     closing = '"}'
     broken = "I am only a language model"
-    phrases = [*USER_PROMPTS, *ROBOT_UTTERANCES, opening, middle, closing, broken]
+    phrases = [*USER_PROMPTS, *ROBOT_UTTERANCES]
+    phrases += [opening, asked, middle, closing, broken]
     tokenizer = make_tokenizer(phrases)
     token = tokenizer.convert_tokens_to_ids
     vocab = -(-len(tokenizer) // 64) * 64
@@ -356,8 +358,9 @@ def make_model(
             table[last, token(list(following))] = each.log()
 
     follow(new_turn, [opening])
-    follow(token(opening), USER_PROMPTS, 1 - failure_rate)
-    follow(token(opening), [broken], failure_rate)
+    follow(token(opening), [asked])
+    follow(token(asked), USER_PROMPTS, 1 - failure_rate)
+    follow(token(asked), [broken], failure_rate)
     for prompt in USER_PROMPTS:
         follow(token(prompt), [middle])
     follow(token(middle), ROBOT_UTTERANCES)

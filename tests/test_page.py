@@ -250,7 +250,7 @@ def test_the_card_keeps_what_the_source_says_of_itself(finished, model):
     assert str(model.parent) not in card.text, "a path of this machine"
     values = dict(row for row in table_rows(card.text) if len(row) == 2)
     assert values["dialogues"] == str(len(annotations(finished)))
-    assert values["model"] == model.name
+    assert values["model"].startswith(f"{model.name} (")
     said = [[x["user_prompt"], x["robot_utterance"]] for x in annotations(finished)]
     examples = re.findall('^- .*: "(.*)"\n  "(.*)"$', card.text, re.MULTILINE)
     assert sum(list(example) in said for example in examples) >= 2

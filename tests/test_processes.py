@@ -154,7 +154,7 @@ def test_another_prompt_and_model(begun, dataset, model, tmp_path, monkeypatch):
         patch.setattr(ap, "PROMPT", "Do {skill}.")
         assert "another prompt (PROMPT); undo" in annotate(dataset, model, output)[2]
     err = annotate(dataset, another, output)[2]
-    assert f"made with model = '{model}', but" in err.splitlines()[-1]
+    assert f"made with model = '{model.name} (" in err.splitlines()[-1]
     assert content(left) == before
     err = finish([], dataset, another, output, "--overwrite")
     assert "0 of 12 dialogues are there already" in err

@@ -137,6 +137,8 @@ def test_the_turns_of_a_pair_are_solved_examples_of_it(scenario, response):
         assert dialogue["robot_utterance"] == example.replies[response]
         for told in (example.picture, example.task, example.skill, *example.history):
             assert told in question
+        # It says first which action it speaks of.
+        assert next(iter(json.loads(answer).values())) == example.skill
         assert SCENARIO_TYPES[scenario] in question
         assert RESPONSE_TYPES[response] in question
 
@@ -304,7 +306,7 @@ def answer(user_prompt=PROMPT, robot_utterance=REPLY):
         "Here is a dialogue:\n" + answer() + "\nI hope that helps {",
         f"```json\n{json.dumps(GOOD, indent=2)}\n```",
         f"<think>First: {answer('Open it.', 'Okay, opening it.')}</think>{answer()}",
-        annotate_pgen.PREFILL + answer().removeprefix(annotate_pgen.PREFILL),
+        annotate_pgen.PREFILL + 'take it", ' + answer().removeprefix("{"),
         json.dumps({"robot_utterance": REPLY, "more": [1], "user_prompt": PROMPT}),
     ],
 )
@@ -396,6 +398,7 @@ SCENES = {
     "Two steps": (PICK, (MOVE, PICK), TASK, (MOVE,)),
     "German": (GREIFEN, (FAHREN, GREIFEN, LEGEN), LEGEN, (FAHREN,)),
     "Two German steps": (GREIFEN, (FAHREN, GREIFEN), LEGEN, (FAHREN,)),
+    "Chinese": ("抓住积木", ("抓住积木", "放下积木"), "收拾积木"),
 }
 NOTHING = ""
 CHECKED = [
@@ -418,6 +421,7 @@ CHECKED = [
     ("German", "Leg ihn in die Kiste.", "Der Stein, gut.", "asks for another"),
     ("German", "Greif ihn.", "Ich lege den Stein in die Kiste.", "promises another"),
     ("German", "Greif ihn.", "Na gut.", "says nothing"),
+    ("Chinese", "请把积木拿起来。", "好的我来抓。", NOTHING),
     ("German", "Greif den Stein.", "Ja: Greif den Stein!", "repeats the user prompt"),
     ("German", "Greif nach den Lampen.", "Den Stein, gut.", "example"),
     ("Two German steps", "Den roten Stein in die Kiste legen!", "Stein.", "whole task"),

@@ -157,6 +157,9 @@ def test_a_dataset_through_a_server(chat, dataset, tmp_path):
         index = [0, 45, 75][line["episode_id"]] + line["frame_index"]
         assert pictures_of(body) == pictures_at(client, dataset, index)
         assert line["skill_current"] in text_of(body)
+    # What is finished needs no server.
+    chat.stop()
+    assert "finished already" in serve(dataset, output, chat)[1]
 
 
 def test_every_setting_is_sent(chat, pgen):
@@ -170,7 +173,7 @@ def test_every_setting_is_sent(chat, pgen):
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert body["response_format"]["type"] == "json_schema"
     schema = body["response_format"]["json_schema"]["schema"]
-    assert schema["required"] == ["user_prompt", "robot_utterance"]
+    assert schema["required"] == ap.ANSWER_KEYS
 
 
 def test_examples_come_first_and_are_the_same_for_many_samples(chat, dataset, tmp_path):

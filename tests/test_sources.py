@@ -117,6 +117,11 @@ def test_the_first_complete_form_is_read(root):
     assert load(root).name == DENSE
 
 
+def test_sparse_skills_are_coarser_and_contradict_no_others(root):
+    sd.write_sarm(root, {x: [("tidy up", 0.0)] for x in sd.SKILLS}, "sparse")
+    assert load(sd.write_skills_file(root)) == SkillSource(SKILLS_FILE, EXPECTED)
+
+
 @pytest.mark.parametrize("form", [LANGUAGE, SUBTASKS])
 @pytest.mark.parametrize(
     "corrected, first_difference",
@@ -551,4 +556,4 @@ def test_other_versions_of_the_format(version, root):
     sd.edit_json(root / "meta/info.json", lambda x: x.update(codebase_version=version))
     message = refusal(root)
     assert f"has format {version}, not v3.0" in message
-    assert ("convert_dataset_v21_to_v30" in message) == (version == "v2.1")
+    assert "from v2.1 with LeRobot's convert_dataset_v21_to_v30" in message
