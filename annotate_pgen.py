@@ -463,7 +463,7 @@ def check_prompt() -> None:
 def prompt_settings() -> Settings:
     """All that is asked, as it is recorded in a dataset and compared on resuming."""
     names = "SYSTEM PROMPT SCENARIO_TYPES RESPONSE_TYPES EXAMPLES EXAMPLE_COUNT "
-    names += "HISTORY_LENGTH PREFILL TOP_P TOP_K VERIFY_PROMPT"
+    names += "HISTORY_LENGTH ANSWER_KEYS PREFILL TOP_P TOP_K VERIFY_PROMPT"
     return {name: repr(globals()[name]) for name in names.split()}
 
 
@@ -1477,7 +1477,8 @@ def check_dialogue(dialogue: Dialogue | None, sample: Sample) -> str:
     own = stems(skill) - stems(task)
     if stems(task) and stems(task) <= asked and own and not own & asked:
         return "the user prompt asks for the whole task"
-    if " " in skill and stems(skill) and not stems(reply) & (stems(skill) | asked):
+    fitting = stems(skill) | asked
+    if " " in user_prompt and stems(skill) and not stems(reply) & fitting:
         return "the reply says nothing of the action"
     # "Okay, I'll lift it" answers "Lift it", and "Okay, lift it" does not.
     repeat = plain_words(user_prompt)
@@ -1551,8 +1552,7 @@ def common_stems() -> set[str]:
     examples = chain(*EXAMPLES.values())
     texts = [" ".join([x.user_prompt, *x.replies.values()]) for x in examples]
     counts = Counter(stem for text in texts for stem in word_stems(text))
-    half = max(2, len(texts) / 2)
-    return {stem for stem, count in counts.items() if count >= half}
+    return {stem for stem, count in counts.items() if count >= max(2, len(texts) / 2)}
 
 
 # --------------------------------------------------------------------------- generator
@@ -3423,13 +3423,14 @@ def prepare_job(args: argparse.Namespace) -> Job:
         if root.is_relative_to(folder) or folder.is_relative_to(root):
             raise InputError(f"{problem}: overlaps the source; {remedy}")
     with errors_as(InputError, problem, remedy, OSError):
-        is_new = is_finished(output) or not output.exists()
+        recorded = read_settings(output / RECORD)
+        is_new = recorded or not output.exists()
         if not is_new and (any(output.iterdir()) or os.path.ismount(output)):
             raise InputError(f"{problem}: is not empty, or a mount point; {remedy}")
     model = args.model
-    if is_finished(output) and not args.overwrite:
+    if recorded and not args.overwrite:
         # Nothing will be generated, so the model may be gone.
-        model = model or read_settings(output / RECORD)["model"]
+        model = model or recorded["model"]
     elif args.server and not (args.dry_run and model):
         model = ServerPgen(args.server, model).model
     elif not args.server and not args.dry_run:

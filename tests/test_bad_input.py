@@ -176,8 +176,11 @@ def without(*columns):
     "name, change, expected",
     [
         (EPISODES, without("length"), "lacks length"),
+        (EPISODES, lambda frame: frame.assign(length="five"), "length holds no"),
         (EPISODES, without(f"videos/{WRIST}/to_timestamp"), "to_timestamp"),
         (DATA, without("task_index"), "lacks task_index"),
+        (DATA, lambda frame: frame.assign(frame_index=None), "frame_index"),
+        (DATA, lambda frame: frame.assign(timestamp="late"), "timestamp"),
         (DATA, lambda frame: frame.assign(episode_index="first"), "episode_index"),
         (DATA, lambda frame: frame.iloc[:100], "all frames of episode 2"),
         (DATA, lambda frame: frame.iloc[:75], "lacks episode 2"),

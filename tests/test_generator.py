@@ -69,7 +69,7 @@ def draw(seed, width, height):
 
 
 # One or two views of each sample, of three sizes, and earlier turns of some.
-SMALL, WIDE, TALL = draw(0, 128, 96), draw(1, 320, 240), draw(2, 200, 300)
+SMALL, WIDE, TALL = draw(3, 128, 96), draw(4, 320, 240), draw(5, 200, 300)
 IMAGES = [[SMALL], [WIDE, TALL], [TALL], [SMALL, WIDE]]
 PROMPTS = [f"{'tidy up ' * number} Now: brick {number}" for number in range(4)]
 TURNS = [[], [("Lift it?", "Yes.")], [("One?", "1."), ("Two?", "2.")], []]
@@ -111,7 +111,7 @@ def test_a_batch_equals_single_calls(pgen):
     rows = torch.cat([last_logits(pgen, [prepared]) for prepared in batch])
     assert torch.allclose(rows, last_logits(pgen, batch), atol=1e-4 * rows.abs().max())
     answers = pgen.answer(batch)
-    assert len(set(answers)) > 1
+    assert len(set(answers)) == len(batch)
     assert [pgen.answer([prepared])[0] for prepared in batch] == answers
 
 

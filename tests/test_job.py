@@ -83,7 +83,6 @@ def test_demo(finished, dataset, model):
     settings = {"engine": "transformers", "temperature": 0.7, "seed": 0}
     settings |= {"sample_interval": 1.0, "align_skills": False}
     assert settings.items() <= made["settings"].items()
-    # Whose folder the model is in is nobody's business.
     assert made["settings"]["model"].startswith(f"{model.name} (")
     assert str(model.parent) not in json.dumps(made)
 
@@ -91,8 +90,9 @@ def test_demo(finished, dataset, model):
 def test_printed_code_reads_it_back(finished, capsys):
     output, out, _ = finished
     printed = out[out.index("from lerobot") :].partition("\n\nlook at")[0]
-    exec(printed, {})
-    assert annotations(output)[0]["user_prompt"][:25] in capsys.readouterr().out
+    with pd.option_context("display.max_colwidth", None):
+        exec(printed, {})
+    assert annotations(output)[0]["user_prompt"] in capsys.readouterr().out
 
 
 def test_accessing_the_data_as_the_specification_prints_it(built, model, tmp_path):

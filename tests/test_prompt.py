@@ -137,7 +137,6 @@ def test_the_turns_of_a_pair_are_solved_examples_of_it(scenario, response):
         assert dialogue["robot_utterance"] == example.replies[response]
         for told in (example.picture, example.task, example.skill, *example.history):
             assert told in question
-        # It says first which action it speaks of.
         assert next(iter(json.loads(answer).values())) == example.skill
         assert SCENARIO_TYPES[scenario] in question
         assert RESPONSE_TYPES[response] in question
@@ -272,7 +271,7 @@ def test_a_slip_in_the_table_of_examples_is_named(wrong, capsys):
 
 ASKED = (
     "SYSTEM PROMPT SCENARIO_TYPES RESPONSE_TYPES EXAMPLES HISTORY_LENGTH EXAMPLE_COUNT "
-    "TOP_P TOP_K VERIFY_PROMPT"
+    "ANSWER_KEYS PREFILL TOP_P TOP_K VERIFY_PROMPT"
 )
 
 
@@ -282,7 +281,7 @@ def test_all_that_is_asked_is_among_the_settings(name, edit):
     before = json.dumps(annotate_pgen.prompt_settings())
     value = getattr(annotate_pgen, name)
     is_table = isinstance(value, dict)
-    edited = dict(reversed(value.items())) if is_table else value + type(value)(1)
+    edited = dict(reversed(value.items())) if is_table else 2 * value
     edit({name: edited})
     assert json.dumps(annotate_pgen.prompt_settings()) != before
 

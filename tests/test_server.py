@@ -157,7 +157,6 @@ def test_a_dataset_through_a_server(chat, dataset, tmp_path):
         index = [0, 45, 75][line["episode_id"]] + line["frame_index"]
         assert pictures_of(body) == pictures_at(client, dataset, index)
         assert line["skill_current"] in text_of(body)
-    # What is finished needs no server.
     chat.stop()
     assert "finished already" in serve(dataset, output, chat)[1]
 
