@@ -139,14 +139,14 @@ def say(message: str) -> None:
 SYSTEM = (
     "You write what a person says to a robot and what the robot answers. In the "
     "recording the robot does exactly the given action. So the person tells the robot, "
-    "as you, to do that action alone, the way people talk, about what is in the "
-    "picture. Answer in JSON."
+    "as you, to do that action alone, in short everyday words, about what is in "
+    "the picture; the robot answers with the words of the action. Answer in JSON."
 )
 
 SCENARIO_TYPES = {
     "specific_object": "a plain request that names the object",
-    "negative_task": "a request that says what to leave and what to do",
-    "situated_correction": "what is done or seen now, and then what to do",
+    "negative_task": "a request for just this, after a word on what to leave",
+    "situated_correction": "a request to go on, after a word on what is done or seen",
     "implicit_request": "what is seen, and a request that follows from it",
     "constraint_based": "a request that adds with which hand, which one or where",
 }
@@ -229,136 +229,136 @@ EXAMPLE_TABLE = """
 scenario: specific_object
 picture: a chessboard, the gripper open above the white knight
 task: play a game of chess
-steps: reach over the chessboard; grasp the white knight
-person: Can you grab the white knight?
-confirmation: Sure, I'll grab it.
-acknowledgment: Got it, grabbing the white knight.
+steps: reach over the chessboard; close the gripper around the white knight
+person: Can you grab the white knight now?
+confirmation: Sure, I'll close the gripper around it.
+acknowledgment: Got it, closing the gripper around the white knight.
 
 picture: a snowman in the sun, a scarf in the gripper
-task: put the scarf on the snowman
-steps: put the scarf on the snowman
+task: dress the snowman
+steps: place the scarf around the snowman's neck
 person: Could you put the scarf on the snowman, please?
-confirmation: Of course, I'll put the scarf on the snowman.
-acknowledgment: On it, the scarf is going on the snowman.
+confirmation: Of course, I'll place the scarf around its neck.
+acknowledgment: On it, placing the scarf around the snowman's neck.
 
 picture: a ukulele on the wall, the left hand around its neck
 task: put the ukulele away
-steps: carry the ukulele to the wall; hang up the ukulele; release the ukulele
+steps: hang up the ukulele; release the ukulele
 person: Nice, it's safe up there. You can let go of the ukulele.
-confirmation: Okay, I'll let go of the ukulele.
-acknowledgment: Got it, letting go of the ukulele.
+confirmation: Okay, I'll release the ukulele.
+acknowledgment: Got it, releasing the ukulele.
 
 scenario: negative_task
-picture: a green and a white pumpkin, a wheelbarrow behind them
+picture: white pumpkins in a field, one of them in both hands, a wheelbarrow
 task: bring in the pumpkins
-steps: fetch the wheelbarrow; lift the white pumpkin into the wheelbarrow
-person: Leave the green pumpkin, just put the white one into the wheelbarrow.
-acknowledgment: Got it, the white one goes into the wheelbarrow.
-constraint_acknowledgment: I'll leave the green one and put the white pumpkin in.
+steps: fetch the wheelbarrow; lift the pumpkin into the wheelbarrow
+person: Leave the rest for later. Just put this pumpkin into the wheelbarrow.
+acknowledgment: Got it, lifting the pumpkin into the wheelbarrow.
+constraint_acknowledgment: I'll leave the rest and just lift the pumpkin in.
 
 picture: a scarecrow upright in a field, both hands around its post
 task: put up the scarecrow
 steps: dig a hole; put the scarecrow's post in; hold the scarecrow
-person: Don't let go yet, the post is still loose. Keep holding the scarecrow.
+person: Don't let go just yet, the post is still loose. Keep holding the scarecrow.
 acknowledgment: Okay, I'm holding the scarecrow.
 constraint_acknowledgment: I won't let go, I'll hold the scarecrow.
 
-picture: an aquarium with a snail and a goldfish, a fishing net in the gripper
+picture: an aquarium with a goldfish, a fishing net in the gripper
 task: clean the aquarium
-steps: reach into the aquarium; robot scoops up goldfish with fishing net
-person: The snail can stay in there, just scoop up the goldfish with the net.
-acknowledgment: Alright, just scooping up the goldfish.
-constraint_acknowledgment: Sure, I'll leave the snail and scoop up the goldfish.
+steps: reach into the aquarium; robot catches goldfish with fishing net
+person: Don't touch anything else. Just catch the goldfish with the net.
+acknowledgment: Alright, just catching the goldfish.
+constraint_acknowledgment: I won't touch anything else, I'll catch the goldfish.
 
-picture: a green tent peg in the ground, a blue one beside it, a mallet in the hand
-task: put up the tent
-steps: knock in the green peg; set up the blue peg; knock in the blue peg
-person: The green peg is fine, don't hit that again. Knock in the blue one.
-acknowledgment: Got it, knocking in the blue peg.
-constraint_acknowledgment: I'll leave the green one and knock in the blue peg.
+picture: a kayak in both hands, the river a few steps away
+task: launch the kayak
+steps: lift the kayak; carry the kayak to the river
+person: Don't put the kayak down yet. Carry it on to the river.
+acknowledgment: Okay, carrying the kayak to the river.
+constraint_acknowledgment: I won't put it down yet, I'll carry the kayak to the river.
 
 scenario: situated_correction
 picture: a scoop of gravel in the gripper, a concrete mixer to the left of it
 task: mix some concrete
-steps: fill the scoop with gravel; move the scoop over the mixer
-person: Good, the scoop is full. Can you move it over the mixer now?
-confirmation: Okay, I'll move the scoop over the mixer.
-clarification: Okay, I'll move the scoop right over the mixer.
-acknowledgment: Got it, moving the scoop over the mixer.
+steps: fill the scoop with gravel; position the scoop over the mixer
+person: Good, you've got it. Can you move the scoop over the mixer now?
+confirmation: Okay, I'll position it over the mixer.
+clarification: Okay, I'll position the scoop right over the mixer.
+acknowledgment: Got it, positioning the scoop over the mixer.
 
-picture: a blue flag halfway up its mast, the hand below it
-task: raise the flag
-steps: tie the flag to the mast; lift the flag; pull the flag up to the top
-person: It's only halfway up, can you pull the flag to the top?
-confirmation: Sure, I'll pull it to the top.
-clarification: Sure, I'll pull it all the way up to the top.
-acknowledgment: Okay, pulling the flag up to the top.
+picture: a trumpet on a chair, the open hand right at it
+task: play a fanfare
+steps: move the hand to the trumpet; close the hand around the trumpet
+person: Good, you're right there. Can you grab the trumpet now?
+confirmation: Sure, I'll close my hand around it.
+clarification: Sure, I'll close my hand around the trumpet.
+acknowledgment: Okay, closing my hand around the trumpet.
 
 picture: a cuckoo clock that is going, the arm inside its case
 task: wind up the cuckoo clock
 steps: open the case; wind up the cuckoo clock; retract the arm from the cuckoo clock
-person: Nice, it's going. You can take your arm out of the cuckoo clock.
-confirmation: Okay, I'll take my arm out.
-clarification: Then I'll take my arm out of the cuckoo clock.
-acknowledgment: Alright, taking my arm out of the cuckoo clock.
+person: Nice, that's done. You can take your arm out of the cuckoo clock.
+confirmation: Okay, I'll retract my arm.
+clarification: Alright, I'll retract my arm from the cuckoo clock.
+acknowledgment: Alright, retracting my arm from the cuckoo clock.
 
 scenario: implicit_request
 picture: a campfire burning low, a log in the gripper
 task: keep the campfire going
 steps: pick up a log; place the log on the campfire
-person: It's burning low, could you put the log on the campfire?
-clarification: Right, I'll put the log on the campfire.
-acknowledgment: Got it, putting the log on the campfire.
+person: It's burning low. Could you put the log on the campfire?
+clarification: Sure, I'll place the log on the campfire.
+acknowledgment: Got it, placing the log on the campfire.
 
-picture: a stroller in the sun, its canopy folded back, the hand on it
+picture: a stroller in the sun, its canopy folded back, the hand in front of it
 task: get the stroller ready
-steps: unfold the stroller; reach for the canopy; pull the canopy over the stroller
-person: The sun is right on the stroller, could you get the canopy over it?
-clarification: Sure, I'll pull the canopy over the stroller.
-acknowledgment: On it, pulling the canopy over the stroller.
+steps: unfold the stroller; move the right hand to the canopy
+person: The sun is right on the stroller. Can you reach for the canopy?
+clarification: Okay, I'll move my right hand to the canopy.
+acknowledgment: On it, moving my right hand to the canopy.
 
 picture: a motorbike under a tarpaulin on a dry road, the hand on the tarpaulin
 task: get the motorbike ready
 steps: reach for the tarpaulin; remove the tarpaulin from the motorbike
-person: It's not raining anymore, so you can take the tarpaulin off the motorbike.
-clarification: Okay, then I'll take the tarpaulin off the motorbike.
-acknowledgment: Alright, I'm taking the tarpaulin off the motorbike.
+person: The rain is over. You can take the tarpaulin off the motorbike.
+clarification: Alright, I'll remove the tarpaulin from the motorbike.
+acknowledgment: Alright, I'm removing the tarpaulin from the motorbike.
 
 picture: an open umbrella in a narrow hallway, its handle in the right hand
 task: come in from the rain
 steps: walk into the hallway; robot closes umbrella
-person: There's no need for an open umbrella in here, you can close it.
-clarification: Then I'll close the umbrella.
+person: We're inside now. Go ahead and close the umbrella.
+clarification: Sure, I'll close the umbrella.
 acknowledgment: Sure thing, closing the umbrella.
 
 scenario: constraint_based
-picture: a violin on a sofa with the left hand at its neck, its bow on the right
+picture: a violin on a sofa with the left hand at its neck
 task: put the violin away
-steps: pick up the violin
-person: Pick up the violin with your left hand, the bow is in the way on the right.
-confirmation: Sure, I'll pick it up.
-constraint_acknowledgment: Sure, I'll pick up the violin with my left hand.
+steps: move the left hand to the violin; close the left hand around the violin
+person: Good, you're at the violin. Grab it with your left hand.
+confirmation: Sure, I'll close my hand around the violin.
+constraint_acknowledgment: Sure, I'll close my left hand around the violin.
 
 picture: an empty rowboat at a jetty, a paddle in the gripper above its left side
 task: get the rowboat ready
-steps: pull in the rowboat; pick up the paddle; lay the paddle into the rowboat
+steps: pull in the rowboat; pick up the paddle; lower the paddle into the rowboat
 person: Good, you've got the paddle. Lay it along the left side of the boat.
-confirmation: Okay, I'll lay it in there.
-constraint_acknowledgment: Okay, I'll lay the paddle right along the left side.
+confirmation: Okay, I'll lower the paddle into the boat.
+constraint_acknowledgment: Okay, I'll lower it in along the left side.
 
 picture: a bare Christmas tree, a garland in the hand at its top
 task: decorate the Christmas tree
 steps: unpack the garland; hang the garland on the Christmas tree
-person: Can you hang the garland right at the top of the Christmas tree?
+person: Can you hang the garland right at the top of the tree?
 confirmation: Alright, I'll hang it on the Christmas tree.
 constraint_acknowledgment: Got it, the garland goes right at the top.
 
 picture: three beehives in a row, all closed, the arm above them
 task: check the beehives
 steps: move the arm over the beehives; robot arm opens middle beehive
-person: Open just the middle beehive, the outer two can stay closed.
+person: Let's start with the middle beehive. Go ahead and open it.
 confirmation: Sure, I'll open the middle beehive.
-constraint_acknowledgment: Sure, I'll only open the middle beehive.
+constraint_acknowledgment: Sure, I'll start with the middle beehive and open it.
 """
 
 EXAMPLES = read_examples(EXAMPLE_TABLE)
