@@ -132,9 +132,9 @@ def say(message: str) -> None:
 
 # ------------------------------------------------------------------------------ prompt
 # What the model is asked. It is shown how: three of the EXAMPLES are earlier turns of
-# the chat, and then comes the frame. What stands here comes out again, the form of
-# the examples first of all: each is something that one can hear a person say, and
-# its scene is one that robot datasets do not have.
+# the chat, and then comes the frame. Their form comes out again: the person speaks as
+# one can hear people speak, the robot in the words of the action, and the scenes are
+# such as robot datasets do not have.
 
 SYSTEM = (
     "You write what a person says to a robot and what the robot answers. In the "
@@ -158,8 +158,7 @@ RESPONSE_TYPES = {
     "constraint_acknowledgment": "repeats what was laid down and says what it will do",
 }
 
-# A line whose field is empty is left out. The picture is described in the examples
-# only; in the turn of a frame its images stand there instead.
+# A line whose field is empty is left out, as the picture's is where there are images.
 PROMPT = """\
 Picture: {picture}
 Task: {task}
@@ -2215,6 +2214,9 @@ class Annotator:
         if request.views is not None:
             sample = request.sample
             turns = sample.examples(request.tries)
+            if request.tries:
+                # The task draws small models away from the skill.
+                sample = replace(sample, task_description="")
             request.prepared = self.pgen.prepare(request.views, sample.prompt, turns)
         return request
 
@@ -2224,8 +2226,7 @@ class Annotator:
         while True:
             size = min(self.batch_size, self.pgen.batch_limit)
             batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            # At temperature 0 first tries are greedy and repeats are sampled, so that
-            # one call holds either.
+            # At temperature 0 only repeats are sampled: one call holds either.
             if not batch or self.pgen.temperature > 0:
                 batch += islice(fresh, size - len(batch))
             if not batch:
@@ -2264,7 +2265,6 @@ class Annotator:
 
     def verify_answers(self, requests: Sequence[Request]) -> None:
         """Ask the model which skill each user prompt leads to."""
-        # The only skill of an episode needs no question.
         judged = [x for x in requests if len(x.sample.episode_skills) > 1]
         pairs = [(x.sample, x.dialogue["user_prompt"]) for x in judged]
         for request, is_right in zip(judged, self.recovers(pairs), strict=True):

@@ -72,7 +72,7 @@ def short_prompt():
     """Ask little: the demo's model reads bytes, and nothing of what it reads counts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(annotate_pgen, "SYSTEM", "Answer.")
-        patch.setattr(annotate_pgen, "PROMPT", "{skill}, {task}: {scenario}")
+        patch.setattr(annotate_pgen, "PROMPT", "{skill}, {task}, {history}: {scenario}")
         patch.setattr(annotate_pgen, "EXAMPLE_COUNT", 0)
         yield
 

@@ -274,7 +274,7 @@ def test_a_model_that_cannot_be_used_is_named(device, changes, lost, named, tmp_
 class Scripted:
     """Answers as it is written down, asked by many threads as a server is.
 
-    `script` has the answers for the number in a sample's task, in the order of the
+    `script` has the answers for the number in a sample's history, in the order of the
     tries and the last one repeated: a user prompt, or None for no dialogue. `leads_to`
     has the skill that --verify finds in a user prompt.
     """
@@ -292,7 +292,7 @@ class Scripted:
         self.lock = threading.Lock()
 
     def prepare(self, images, prompt, examples=()):
-        return int(re.search(r"number (\d+)", prompt)[1]), tuple(examples)
+        return int(re.search(r"number (\d+)", prompt)[1]), (*examples, "task" in prompt)
 
     def answer(self, batch, tries=0):
         texts = []
@@ -328,12 +328,12 @@ def say(user_prompt):
 
 
 def samples_of(plan, *skills, first=0, episode_skills=()):
-    """Samples of the first episode with these skills, numbered in their task."""
+    """Samples of the first episode with these skills, numbered in their history."""
     names = episode_skills or tuple(dict.fromkeys(skills))
-    changes = {"skill_history": (), "episode_skills": names}
+    changes = {"task_description": "the task", "episode_skills": names}
     samples = []
     for number, skill in enumerate(skills, first):
-        changes["task_description"] = f"number {number}"
+        changes["skill_history"] = (f"number {number}",)
         samples.append(replace(plan.samples[number], skill_current=skill, **changes))
     return samples
 
@@ -380,7 +380,7 @@ def test_every_sample_is_asked_about_until_it_is_valid(
 
 
 @ENGINES
-def test_a_retry_shows_other_examples_and_failures_say_why(engine, plan, monkeypatch):
+def test_a_retry_is_another_question_and_failures_say_why(engine, plan, monkeypatch):
     monkeypatch.setattr(annotate_pgen, "EXAMPLE_COUNT", 1)
     pgen = engine({0: [None], 1: ["Lift it."], 2: ["Take it."]})
     samples = samples_of(plan, GRASP, GRASP, GRASP, LIFT)
@@ -390,8 +390,8 @@ def test_a_retry_shows_other_examples_and_failures_say_why(engine, plan, monkeyp
     assert "no dialogue" in reasons["episode 0, frame 0"]
     assert "another skill" in reasons["episode 0, frame 1"]
     shown = [turns for number, turns in pgen.turns if number == 0]
-    assert len(shown) == MAX_TRIES
     assert all(one != other for one, other in pairwise(shown))
+    assert [is_told for *_, is_told in shown] == [True, *[False] * (MAX_TRIES - 1)]
     with pytest.raises(RunError, match=r"episode 0, frame 0: none of 4 answers"):
         annotate_pgen.annotate_sample(engine({0: [None]}), IMAGES[0], samples[0])
 
