@@ -166,7 +166,7 @@ Done before: {history}
 Write {scenario}, and a reply that {response}.
 Action: {skill}"""
 
-# How the prompt speaks of the two. Nobody speaks so, and such an answer is refused.
+# How SYSTEM speaks of the two. Nobody speaks so, and such an answer is refused.
 NARRATION = ("the person", "the robot")
 
 # An answer begins with the action, which is not read: a small model keeps to it then.
@@ -174,7 +174,7 @@ ANSWER_KEYS = ["action", "user_prompt", "robot_utterance"]
 # The model goes on from here, so that it writes neither a preamble nor a code fence.
 PREFILL = '{"action": "'
 
-# There is nothing to correct yet on an episode's first sample.
+# Nothing is done yet on an episode's first sample.
 NOT_ON_FIRST_SAMPLE = {"situated_correction"}
 OPTION_LABELS = string.ascii_uppercase
 # How words are drawn, in both engines; a top_k of 0 is off.
@@ -188,7 +188,7 @@ EXAMPLE_COUNT = 3
 
 @dataclass(frozen=True)
 class Example:
-    """A dialogue about another scene, with a reply for each response type."""
+    """A dialogue about another scene, with replies by response type."""
 
     picture: str
     task: str
@@ -223,15 +223,15 @@ def read_examples(text: str) -> dict[str, list[Example]]:
     return table
 
 
-# The pairs of types that are dealt are those that have replies here.
+# A response type is dealt where all examples of a scenario have such a reply.
 EXAMPLE_TABLE = """
 scenario: specific_object
 picture: a chessboard, the gripper open above the white knight
 task: play a game of chess
 steps: reach over the chessboard; close the gripper around the white knight
 person: Can you grab the white knight now?
-confirmation: Sure, I'll close the gripper around it.
-acknowledgment: Got it, closing the gripper around the white knight.
+confirmation: Sure, I'll close my gripper around it.
+acknowledgment: Got it, closing my gripper around the white knight.
 
 picture: a snowman in the sun, a scarf in the gripper
 task: dress the snowman
@@ -272,7 +272,7 @@ constraint_acknowledgment: I won't touch anything else, I'll catch the goldfish.
 picture: a kayak in both hands, the river a few steps away
 task: launch the kayak
 steps: lift the kayak; carry the kayak to the river
-person: Don't put the kayak down yet. Carry it on to the river.
+person: Don't put the kayak down yet. Carry it to the river.
 acknowledgment: Okay, carrying the kayak to the river.
 constraint_acknowledgment: I won't put it down yet, I'll carry the kayak to the river.
 
@@ -285,7 +285,7 @@ confirmation: Okay, I'll position it over the mixer.
 clarification: Okay, I'll position the scoop right over the mixer.
 acknowledgment: Got it, positioning the scoop over the mixer.
 
-picture: a trumpet on a chair, the open hand right at it
+picture: a trumpet on its stand, the open hand right at it
 task: play a fanfare
 steps: move the hand to the trumpet; close the hand around the trumpet
 person: Good, you're right there. Can you grab the trumpet now?
@@ -331,18 +331,18 @@ clarification: Sure, I'll close the umbrella.
 acknowledgment: Sure thing, closing the umbrella.
 
 scenario: constraint_based
-picture: a violin on a sofa with the left hand at its neck
+picture: a violin on a sofa, the left hand at its neck
 task: put the violin away
 steps: move the left hand to the violin; close the left hand around the violin
 person: Good, you're at the violin. Grab it with your left hand.
 confirmation: Sure, I'll close my hand around the violin.
 constraint_acknowledgment: Sure, I'll close my left hand around the violin.
 
-picture: an empty rowboat at a jetty, a paddle in the gripper above its left side
-task: get the rowboat ready
-steps: pull in the rowboat; pick up the paddle; lower the paddle into the rowboat
-person: Good, you've got the paddle. Lay it along the left side of the boat.
-confirmation: Okay, I'll lower the paddle into the boat.
+picture: an empty canoe at a jetty, a paddle in the gripper above its left side
+task: get the canoe ready
+steps: pull in the canoe; pick up the paddle; lower the paddle into the canoe
+person: Good, you've got the paddle. Lay it into the canoe, along the left side.
+confirmation: Okay, I'll lower the paddle into the canoe.
 constraint_acknowledgment: Okay, I'll lower it in along the left side.
 
 picture: a bare Christmas tree, a garland in the hand at its top
@@ -350,7 +350,7 @@ task: decorate the Christmas tree
 steps: unpack the garland; hang the garland on the Christmas tree
 person: Can you hang the garland right at the top of the tree?
 confirmation: Alright, I'll hang it on the Christmas tree.
-constraint_acknowledgment: Got it, the garland goes right at the top.
+constraint_acknowledgment: Got it, I'll hang the garland right at the top.
 
 picture: three beehives in a row, all closed, the arm above them
 task: check the beehives
@@ -405,7 +405,7 @@ def construct_prompt(
 def choose_examples(scenario: str = "", response: str = "", draw: int = 0) -> Turns:
     """Choose the examples that are shown before a frame, as questions and answers.
 
-    `draw` rotates the choice. Without a scenario it is from all of them, and without a
+    `draw` rotates the choice. Without a scenario it takes each in turn, and without a
     response each example's first reply is shown.
     """
     pools = [EXAMPLES[scenario]] if scenario else zip(*EXAMPLES.values(), strict=False)
