@@ -450,12 +450,12 @@ def check_prompt() -> None:
         raise InputError(f"{problem}; write other braces twice") from error
     for scenario in {*SCENARIO_TYPES, *EXAMPLES}:
         pool = EXAMPLES.get(scenario, [])
-        unknown = {name for x in pool for name in x.replies} - set(RESPONSE_TYPES)
+        replies = {name for x in pool for name in x.replies}
         is_dealt = scenario in SCENARIO_TYPES and pool and suitable_responses(scenario)
-        if unknown or not is_dealt:
+        if replies - set(RESPONSE_TYPES) or not is_dealt:
             raise InputError(
-                f"SCENARIO_TYPES and EXAMPLES: {scenario!r} has to be in both, its "
-                f"examples with the same RESPONSE_TYPES; not known: {sorted(unknown)}"
+                f"SCENARIO_TYPES and EXAMPLES: {scenario!r} has to be in both, and "
+                f"its examples share one of RESPONSE_TYPES; they have {sorted(replies)}"
             )
 
 
