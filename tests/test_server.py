@@ -194,15 +194,15 @@ def test_examples_come_first_and_are_the_same_for_many_samples(chat, dataset, tm
 
 
 def test_bad_answers_are_asked_again_with_other_examples(chat, dataset, tmp_path):
-    bad = ("I am a model.", "{", '{"user_prompt": 3}')
-    chat.answer = in_turn(dialogue_of, *bad)
+    chat.answer = in_turn(dialogue_of, "I am a model.", "{", '{"user_prompt": 3}')
     flags = ("--batch-size", 1, "--temperature", 0)
     _, out, _ = annotated(dataset, tmp_path / "out", chat, *flags)
     assert re.search("asked again +3\n", out)
     hot = [body["temperature"] > 0 for body in chat.bodies[1:5]]
     assert hot == [False, True, True, True]
     chats = [body["messages"] for body in chat.bodies[1:5]]
-    assert hot == ["Task:" not in json.dumps(messages[-1]) for messages in chats]
+    first, *others = [json.dumps(messages[-1]) for messages in chats]
+    assert set(others) == {re.sub(r"Task: .*?\\n", "", first)} != {first}
     assert len({json.dumps(messages[:-1]) for messages in chats}) > 1
 
 
