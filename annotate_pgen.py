@@ -2338,36 +2338,34 @@ def call_in_threads(
     """Call a function with each item in threads, and yield what comes.
 
     At most `limit` results wait to be taken, if it is not 0. The threads do not hold up
-    the end of the process, as those of ThreadPoolExecutor do. The first error is raised
-    once all that has come was yielded.
+    the end of the process, as those of ThreadPoolExecutor do. After an error no item is
+    taken any more. The first one is raised once all calls under way have ended.
     """
     lock = threading.Lock()
     done: queue.Queue[Any] = queue.Queue(limit)
+    errors: list[BaseException] = []
     end = object()
 
     def work() -> None:
         try:
             while True:
                 with lock:
-                    item = next(items, end)
+                    item = end if errors else next(items, end)
                 if item is end:
                     break
                 done.put(call(item))
         except BaseException as error:
-            done.put(error)
+            errors.append(error)
         done.put(end)
 
     for _ in range(thread_count):
         threading.Thread(target=work, daemon=True).start()
-    errors = []
     running = thread_count
     try:
-        while running and not (errors and done.empty()):
+        while running:
             result = done.get()
             if result is end:
                 running -= 1
-            elif isinstance(result, BaseException):
-                errors.append(result)
             else:
                 yield result
     finally:

@@ -437,16 +437,15 @@ def test_a_server_killed_and_started_again_loses_nothing(dataset, tmp_path):
 
 @pytest.mark.parametrize("status", [0, 401, 404, 429])
 def test_errors_that_stay(chat, dataset, tmp_path, monkeypatch, status):
-    """The run ends, and the same command goes on from there."""
+    """What is under way is waited for, and the same command goes on from there."""
     monkeypatch.setattr(ap, "SERVER_PATIENCE", 0.5)
     output = tmp_path / "out"
     no_longer = error(status, "no longer", Retry_After="86400")
-    chat.answer = in_turn(*[dialogue_of] * 6, then=no_longer)
+    slow = lambda body: time.sleep(0.3) or dialogue_of(body)  # noqa: E731
+    chat.answer = in_turn(*[dialogue_of] * 5, slow, then=no_longer)
     code, out, err = serve(dataset, output, chat)
     assert (code, out) == (1, "")
-    assert re.search(
-        "error: .*; check the server; the same command goes on from here", err
-    )
+    assert re.search(f"error: .*; check the server; {ap.RESUME_REMEDY}", err)
     assert ("no longer" in err.splitlines()[-1]) == (status > 0)
     assert not output.exists()
     kept = journal(output)
