@@ -1435,7 +1435,7 @@ def is_sayable(text: str) -> bool:
 
 def plain_words(text: str) -> str:
     """The words of a text in lower case, without punctuation, to compare sentences."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
 def only_asks(text: str) -> bool:

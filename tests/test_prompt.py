@@ -489,6 +489,7 @@ def test_what_is_seen_may_be_said(word):
         *[("open the drawer", "Opening it."), ("bring the cup", "Bringing it.")],
         *[("put it down", "Putting it."), ("pick up the spoons", "The spoon, okay.")],
         *[("press the button", "Both buttons."), ("empty the pan", "The pans, okay.")],
+        *[("insert_plug", "The plug."), ("pull_the_plug", "Pulling it.")],
         *[("die Kisten stapeln", "Erst die Kiste."), ("zur Wand fahren", "Ich fahre.")],
     ],
 )
