@@ -1533,15 +1533,15 @@ def stems(text: str) -> set[str]:
 
 
 def word_stems(text: str) -> set[str]:
-    """The words of a text of three letters and more, without common endings."""
+    """Numbers, and words of three letters and more without common endings."""
     found = set()
     # A few examples do not tell which short words mean nothing, such as "die".
     shortest = 3 if sum(map(len, EXAMPLES.values())) >= 8 else 4
     for word in plain_words(text).split():
-        if len(word) >= shortest:
+        if len(word) >= shortest or word.isdigit():
             stem = re.sub("(?<=...)(ing|ed|[ens])+$", "", word)
             # "putting" is like "put".
-            found.add(re.sub(r"([^aeiou])\1$", r"\1", stem))
+            found.add(re.sub(r"([^aeiou\d])\1$", r"\1", stem))
     return found
 
 

@@ -34,8 +34,7 @@ PICK_AND_PLACE = (
 )
 TASK = "pink lego brick into the transparent box"
 
-# What people might say about any step of this task, and replies that suit any of it.
-# There are many, since a sentence stands for one skill of an episode only.
+# What suits any step. There are many: one stands for one skill of an episode only.
 USER_PROMPTS = tuple(
     f"{start} {rest}"
     for start in (

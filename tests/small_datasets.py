@@ -26,8 +26,7 @@ from PIL import Image
 FPS = 10
 LENGTHS = (50, 30, 40)
 FRONT = "observation.images.front"
-# Names and starts in seconds of each episode's skills: whole seconds, because SARM
-# stores no others, and with a name that is repeated.
+# Each episode's skills, one repeated, and starts in whole seconds, as SARM's are.
 SKILLS = {
     0: [("reach the brick", 0.0), ("lift it", 2.0), ("put it down", 4.0)],
     1: [("reach the brick", 0.0), ("lift it", 1.0)],

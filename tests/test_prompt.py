@@ -397,6 +397,7 @@ SCENES = {
     "Two steps": (PICK, (MOVE, PICK), TASK, (MOVE,)),
     "German": (GREIFEN, (FAHREN, GREIFEN, LEGEN), LEGEN, (FAHREN,)),
     "Two German steps": (GREIFEN, (FAHREN, GREIFEN), LEGEN, (FAHREN,)),
+    "Numbers": ("grasp block 1", ("grasp block 1", "grasp block 11")),
     "Chinese": ("抓住积木", ("抓住积木", "放下积木"), "收拾积木"),
 }
 NOTHING = ""
@@ -412,6 +413,7 @@ CHECKED = [
     ("English", "I'll pick it up.", "The brick, okay.", "speaks as the robot"),
     ("English", "Look. I'll pick it up.", "The brick.", "speaks as the robot"),
     ("English", "It'll fall, pick it up.", "The brick, okay.", NOTHING),
+    ("Numbers", "Grasp block 11.", "Block 1, okay.", "asks for another"),
     ("Two steps", f"{TASK}, please.", "The brick, okay.", "whole task"),
     ("Two steps", f"Pick it up: {TASK}.", "The brick, okay.", NOTHING),
     ("German", "Noch nicht legen, nur greifen.", "Ich greife den Stein.", NOTHING),
