@@ -65,8 +65,8 @@ def seconds_of(work, *args):
 
 def write_answer(number):
     """An answer that counts, and no other like it."""
-    reply = f"Yes, step {number} it is."
-    return json.dumps({"user_prompt": f"Do step {number}.", "robot_utterance": reply})
+    reply = f"Yes, step n{number} it is."
+    return json.dumps({"user_prompt": f"Do step n{number}.", "robot_utterance": reply})
 
 
 # ------------------------------------------------------------------------------- around

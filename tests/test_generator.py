@@ -467,7 +467,7 @@ def test_the_last_valid_answer_is_kept_if_none_is_recovered(
 
 def test_verify_lists_the_episodes_skills_in_an_order_of_each_sample(plan):
     """So that a model that likes one letter is right no more often than by chance."""
-    names = tuple(f"brick step {number}" for number in range(40))
+    names = tuple(f"brick step n{number}" for number in range(40))
     samples = samples_of(plan, *[names[7]] * 40, episode_skills=names)
     listed = []
     for _ in range(2):
