@@ -207,17 +207,20 @@ def read_examples(text: str) -> dict[str, list[Example]]:
     """
     table: dict[str, list[Example]] = {}
     scenario = ""
-    for block in text.strip().split("\n\n"):
+    for block in re.split(r"\n\s*\n", text.strip()):
+        fields = {}
         try:
-            fields = dict(line.split(": ", 1) for line in block.splitlines())
+            for line in block.splitlines():
+                name, said = line.split(": ", 1)
+                fields[name] = said
             scenario = fields.pop("scenario", scenario)
             told = [fields.pop(name) for name in ("picture", "task", "person", "steps")]
             *history, skill = told.pop().split("; ")
             example = Example(*told, tuple(history), skill, fields)
         except (KeyError, ValueError) as error:
             # It is found before main has begun.
-            line = block.strip().split("\n")[0]
-            print(f"error: EXAMPLES: {error!r} in a block of {line!r}", file=sys.stderr)
+            remedy = "write picture, task, steps, person and replies as 'name: text'"
+            print(f"error: EXAMPLES: {line!r}: {error!r}; {remedy}", file=sys.stderr)
             sys.exit(2)
         table.setdefault(scenario, []).append(example)
     return table
@@ -384,12 +387,11 @@ def construct_prompt(
     Returns:
         PROMPT with its fields filled in, without the lines that have nothing to say.
     """
+    last_skills = history[max(0, len(history) - HISTORY_LENGTH) :]
     fields = {
         "picture": picture,
         "task": one_line(task),
-        "history": "; ".join(
-            map(one_line, history[max(0, len(history) - HISTORY_LENGTH) :])
-        ),
+        "history": "; ".join(map(one_line, last_skills)),
         "scenario": SCENARIO_TYPES.get(scenario_type, ""),
         "response": RESPONSE_TYPES.get(response_type, ""),
         "skill": one_line(skill),
