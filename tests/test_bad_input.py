@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import make_demo
-import numpy as np
 import pandas as pd
 import pytest
 from checks import check, content, read_json
@@ -188,7 +187,7 @@ def without(*columns):
         (DATA, lambda frame: frame.replace({"episode_index": {2: None}}), "nulls"),
         (DATA, lambda frame: frame.sample(frac=1, random_state=0), "frames of episode"),
         (DATA, lambda frame: frame.assign(task_index_high_level=3), "remove_feature"),
-        (DATA, lambda frame: frame.assign(timestamp=np.float32(0) - frame.index), "1"),
+        (DATA, lambda frame: frame.assign(timestamp=-frame.timestamp), "run forwards"),
     ],
 )
 def test_tables_in_the_wrong_form(name, change, expected, own_dataset, refused):

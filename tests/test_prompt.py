@@ -259,13 +259,13 @@ def test_a_slip_in_the_prompt_is_named_in_one_line(name, edited, named, edit, da
 
 @pytest.mark.parametrize("wrong", ["person Take it.", "persn: Take it.", "", " "])
 def test_a_slip_in_the_table_of_examples_is_named(wrong, capsys):
-    block = "scenario: x\npicture: p\ntask: t\nsteps: r; s\nperson: Up.\nyes: Ok."
+    block = "scenario: x\npicture: p\ntask: t\nsteps: r; s\nperson: Up.\nyes: Ok"
     example, _ = annotate_pgen.read_examples(f"{block}\n\n \n\n{block}")["x"]
-    assert example == annotate_pgen.Example("p", "t", "Up.", ("r",), "s", {"yes": "Ok."})
+    assert example == annotate_pgen.Example("p", "t", "Up.", ("r",), "s", {"yes": "Ok"})
     with pytest.raises(SystemExit) as ended:
         annotate_pgen.read_examples(block.replace("person: Up.", wrong))
     assert ended.value.code == 2
-    place = {"person Take it.": wrong, "persn: Take it.": "yes: Ok."}
+    place = {"person Take it.": wrong, "persn: Take it.": "yes: Ok"}
     assert f"EXAMPLES: {place.get(wrong, 'steps: r; s')!r}: " in capsys.readouterr().err
 
 
