@@ -201,9 +201,8 @@ class Example:
 def read_examples(text: str) -> dict[str, list[Example]]:
     """Read the table of examples, by scenario type.
 
-    A block is an example: lines with a name before a colon. Without a scenario it has
-    that of the block before. The last of its steps is the skill. What is not picture,
-    task, steps or person is the reply of that response type.
+    A block is an example, of the scenario of the block before if it names none. The
+    last of its steps is the skill; all but picture, task, steps and person are replies.
     """
     table: dict[str, list[Example]] = {}
     scenario = ""
@@ -213,13 +212,14 @@ def read_examples(text: str) -> dict[str, list[Example]]:
             for line in block.splitlines():
                 name, said = line.split(": ", 1)
                 fields[name] = said
+            line = block.partition("\n")[0]
             scenario = fields.pop("scenario", scenario)
             told = [fields.pop(name) for name in ("picture", "task", "person", "steps")]
             *history, skill = told.pop().split("; ")
             example = Example(*told, tuple(history), skill, fields)
         except (KeyError, ValueError) as error:
             # It is found before main has begun.
-            remedy = "write picture, task, steps, person and replies as 'name: text'"
+            remedy = "write each block's picture, task, steps and person as 'name: …'"
             print(f"error: EXAMPLES: {line!r}: {error!r}; {remedy}", file=sys.stderr)
             sys.exit(2)
         table.setdefault(scenario, []).append(example)
@@ -2340,8 +2340,8 @@ def call_in_threads(
     """Call a function with each item in threads, and yield what comes.
 
     At most `limit` results wait to be taken, if it is not 0. The threads do not hold up
-    the end of the process, as those of ThreadPoolExecutor do. After an error no item is
-    taken any more. The first one is raised once all calls under way have ended.
+    the end of the process, as those of ThreadPoolExecutor do. After an error at most
+    one more item is taken. It is raised once all calls under way have ended.
     """
     lock = threading.Lock()
     done: queue.Queue[Any] = queue.Queue(limit)
